@@ -1,0 +1,24 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: install quickstart test clean
+install: $(VENV)/.installed
+
+# torch first, at its pin, so that nothing after it brings another; DeepSpeed builds against the torch that is there.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --disable-pip-version-check -q \
+		--no-build-isolation -c constraints.txt -e ".[test]"
+	touch $@
+
+quickstart: install
+	$(BIN)/python launch/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest tests
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,331 @@
+"""The configuration of a run: one YAML file, typed, checked whole before anything starts.
+
+`load_config(file, ["key=value", ...])` merges the file and the overrides into `Config`, and refuses unknown keys (naming
+the nearest valid one), wrong types, values out of range and impossible combinations. Nothing else reads YAML.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from serpent_scale.errors import UserError
+
+
+def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, choices=None):
+    """A documented field of a config section, with the range or the choices its value must keep to."""
+    metadata = dict(doc=doc, ge=ge, gt=gt, le=le, lt=lt, choices=choices)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    name: str = setting("run", "name of the run; its files go to FOLDER/NAME")
+    folder: str = setting("runs", "where runs are kept")
+    seed: int = setting(1234, "seed of the initial parameters and of the data order", ge=0)
+
+
+@dataclass
+class DataConfig:
+    path: str = setting("data", "folder written by launch/prepare_data.py")
+    seq_len: int = setting(1024, "tokens per sequence", ge=2)
+    shuffle_block: int = setting(65536, "windows are permuted within blocks of this many", ge=1)
+
+
+@dataclass
+class MambaConfig:
+    """Mamba (Gu & Dao, arXiv 2312.00752): the selective state-space mixer."""
+
+    expand: float = setting(2.0, "d_inner = expand * d_model", gt=0)
+    d_state: int = setting(16, "state size N per channel", ge=1)
+    d_conv: int = setting(4, "taps of the causal convolution", ge=1)
+    dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
+    dt_max: float = setting(0.1, "largest initial step dt", gt=0)
+
+
+@dataclass
+class SerpentConfig:
+    """SeRpEnt (Rando et al., arXiv 2501.11729): selective resampling around a mixer."""
+
+    rates: list[float] = setting([1.0, 0.5, 0.25], "elements kept per token, one branch each")
+    inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=("mamba",))
+    d_inner: Optional[int] = setting(None, "inner widths summed over branches; null: as many parameters as a Mamba layer", ge=1)
+    spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1)
+    band: float = setting(8.0, "grid steps the clock may run ahead of or behind rate * position", ge=0, le=1024)
+    horizon: float = setting(1.0, "grid steps the compression window reaches back", gt=0, le=8)
+    n_bases: int = setting(6, "Gaussian bases of the window and of the read-out", ge=2)
+    decompress_taps: int = setting(2, "compressed outputs the read-out sees", ge=1)
+    learn_clock: bool = setting(True, "false: every interval stays at its rate (uniform crossing)")
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int = setting(50257, "the tokenizer's vocabulary; the embedding is padded to a multiple of 64", ge=2)
+    d_model: int = setting(768, "width of the residual stream", ge=1)
+    n_layers: int = setting(24, "number of mixer layers", ge=1)
+    pattern: list[str] = setting(["mamba", "serpent"], "mixer of each layer, repeated to the depth: mamba, serpent")
+    norm_eps: float = setting(1e-5, "epsilon of RMSNorm", gt=0)
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    serpent: SerpentConfig = field(default_factory=SerpentConfig)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, fused on GPUs."""
+
+    lr: float = setting(6e-4, "peak learning rate", gt=0)
+    beta1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "decay of the second moment", ge=0, lt=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
+    weight_decay: float = setting(0.1, "on matrices; never on A_log, D, dt_bias, norms and SeRpEnt's clock and bases", ge=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a function of the step."""
+
+    kind: str = setting("cosine", "shape after the warm-up", choices=("cosine", "wsd", "constant"))
+    warmup_steps: int = setting(200, "steps of linear warm-up", ge=0)
+    decay_steps: int = setting(0, "wsd: steps of the final linear decay", ge=0)
+    min_ratio: float = setting(0.1, "final learning rate / peak", ge=0, le=1)
+
+
+@dataclass
+class TrainingConfig:
+    max_steps: Optional[int] = setting(None, "stop after this many optimizer steps", ge=1)
+    max_tokens: Optional[int] = setting(None, "stop after this many tokens (rounded up to a whole step)", ge=1)
+    stop_at_step: Optional[int] = setting(None, "stop early at this step; the schedule still runs to the budget", ge=1)
+    global_batch: int = setting(64, "sequences per optimizer step, over all ranks", ge=1)
+    micro_batch: int = setting(8, "sequences per rank and forward pass", ge=1)
+    precision: str = setting("bf16", "bf16: autocast with fp32 master weights", choices=("bf16", "fp32"))
+    zero_stage: int = setting(1, "DeepSpeed ZeRO stage", ge=0, le=3)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", ge=0)
+    activation_checkpointing: bool = setting(False, "recompute each block in the backward pass")
+    max_bad_steps: int = setting(5, "stop after this many steps in a row with a non-finite loss or gradient", ge=1)
+    peak_tflops: Optional[float] = setting(None, "peak of one device for the utilisation figure; null: by device name", gt=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = setting(1000, "steps between checkpoints; one is always written at the end", ge=1)
+    keep_last: int = setting(3, "checkpoints kept; at least 2, so that one is always whole", ge=2)
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = setting(1000, "steps between evaluations; 0: only at the end", ge=0)
+    split: str = setting("validation", "split of the data folder to evaluate on")
+    max_windows: Optional[int] = setting(512, "windows per evaluation; null: the whole split", ge=1)
+
+
+@dataclass
+class LoggingConfig:
+    every: int = setting(10, "steps between lines on the terminal; metrics.jsonl gets every step", ge=1)
+    wandb: bool = setting(False, "log to Weights & Biases; offline when there is no API key")
+    wandb_project: str = setting("serpent-scale", "Weights & Biases project")
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    deepspeed: dict[str, Any] = setting({}, "passed to DeepSpeed as it is; keys derived from the rest are refused")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole budget; the schedule runs over them."""
+        limits = []
+        if self.training.max_steps is not None:
+            limits.append(self.training.max_steps)
+        if self.training.max_tokens is not None:
+            limits.append(-(-self.training.max_tokens // (self.training.global_batch * self.data.seq_len)))
+        return min(limits)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    def grad_accumulation(self, world_size: int) -> int:
+        """Forward passes per optimizer step on each rank. Raises UserError when the batch does not divide."""
+        per_pass = self.training.micro_batch * world_size
+        if self.training.global_batch % per_pass:
+            raise UserError(
+                f"training.global_batch={self.training.global_batch} is not a multiple of training.micro_batch="
+                f"{self.training.micro_batch} x {world_size} ranks = {per_pass}; change one of them"
+            )
+        return self.training.global_batch // per_pass
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back to an equal `Config`."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+
+def load_config(file: str | Path, overrides: list[str] = ()) -> Config:
+    """Read, merge and check a configuration.
+
+    Raises UserError naming the key's path, what is wrong with it and what is allowed.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; the ones shipped are in configs/")
+    try:
+        text = path.read_text()
+        _refuse_surprises(text, str(path))
+        node = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(node):
+        raise UserError(f"{path}: a config file holds sections such as `model:`, this one holds {type(node).__name__}")
+    for item in overrides:
+        if not re.match(r"^[A-Za-z_][\w.]*=", item):
+            raise UserError(f"override '{item}' is not key=value, for example optimizer.lr=3e-4")
+        _refuse_surprises(item.split("=", 1)[1], item)
+    return parse_config(node, list(overrides), str(path))
+
+
+def parse_config(node, overrides: list[str] = (), origin: str = "config") -> Config:
+    """Check an already parsed configuration (a mapping) with overrides applied. Raises UserError."""
+    schema = OmegaConf.structured(Config)
+    try:
+        merged = OmegaConf.merge(schema, node)
+        for item in overrides:
+            origin = f"override '{item}'"
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise UserError(f"{origin}: unknown key {_suggest(error.full_key or str(error.key))}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{origin}: {f'{key}: ' if key else ''}{_first_line(error)}{_allowed_at(key)}") from None
+    _check_ranges(config, "")
+    _check_combinations(config)
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _refuse_surprises(text: str, origin: str) -> None:
+    """YAML reads 0123 as 83; an interpolated environment variable would end up in logs and checkpoints."""
+    if "${oc." in text:
+        raise UserError(f"{origin}: ${{oc.*}} is refused, its value would reach logs and checkpoints; pass key=value instead")
+    stack = [yaml.compose(text)]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, yaml.MappingNode):
+            stack.extend(value for pair in node.value for value in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            stack.extend(node.value)
+        elif isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+            raise UserError(f"{origin}: {node.value} would be read as octal; write it without the leading zero")
+
+
+def _fields(cls, prefix: str = ""):
+    """(dotted path, dataclass field) of every leaf setting."""
+    hints = {f.name: f for f in dataclasses.fields(cls)}
+    instance = cls()
+    for name, f in hints.items():
+        value = getattr(instance, name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(type(value), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", f
+
+
+def _suggest(key: str) -> str:
+    names = [name for name, _ in _fields(Config)]
+    sections = sorted({name.rsplit(".", 1)[0] for name in names if "." in name})
+    near = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.5)
+    if not near:  # a right name in the wrong section
+        near = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return f"'{key}'" + (f"; the nearest valid key is '{near[0]}'" if near else f"; sections are {', '.join(sections)}")
+
+
+def _range_text(f: dataclasses.Field) -> str:
+    if f.metadata.get("choices"):
+        return "one of " + ", ".join(map(str, f.metadata["choices"]))
+    words = dict(ge=">=", gt=">", le="<=", lt="<")
+    return " and ".join(f"{sign} {f.metadata[k]}" for k, sign in words.items() if f.metadata.get(k) is not None)
+
+
+def _allowed_at(key: str | None) -> str:
+    f = dict(_fields(Config)).get(key or "")
+    if f is None:
+        return ""
+    allowed = _range_text(f)
+    kind = f.type if isinstance(f.type, str) else f.type.__name__
+    return f"; expected {kind}" + (f", {allowed}" if allowed else "")
+
+
+def _check_ranges(section, prefix: str) -> None:
+    for f in dataclasses.fields(section):
+        value, path = getattr(section, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{path}.")
+            continue
+        meta = f.metadata
+        if value is None or not meta:
+            continue
+        bad = (
+            (meta["choices"] is not None and value not in meta["choices"])
+            or (isinstance(value, float) and value != value)
+            or (meta["ge"] is not None and not value >= meta["ge"])
+            or (meta["gt"] is not None and not value > meta["gt"])
+            or (meta["le"] is not None and not value <= meta["le"])
+            or (meta["lt"] is not None and not value < meta["lt"])
+        )
+        if bad:
+            raise UserError(f"{path}={value} is not allowed; it must be {_range_text(f)}")
+
+
+def _check_combinations(config: Config) -> None:
+    model, training, schedule = config.model, config.training, config.schedule
+    mixers = ("mamba", "serpent")
+    if not model.pattern:
+        raise UserError("model.pattern is empty; name at least one mixer of " + ", ".join(mixers))
+    for name in model.pattern:
+        if name not in mixers:
+            near = difflib.get_close_matches(name, mixers, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"model.pattern: unknown mixer '{name}'; known are {', '.join(mixers)}{hint}")
+    rates = model.serpent.rates
+    if not rates or any(not 1 / 64 <= r <= 1 for r in rates):
+        raise UserError(f"model.serpent.rates={rates} is not allowed; each rate must be >= 1/64 and <= 1")
+    if len(rates) > model.d_model:
+        raise UserError(f"model.serpent.rates has {len(rates)} branches but model.d_model is {model.d_model}")
+    if model.mamba.dt_min > model.mamba.dt_max:
+        raise UserError(f"model.mamba.dt_min={model.mamba.dt_min} is above model.mamba.dt_max={model.mamba.dt_max}")
+    if training.max_steps is None and training.max_tokens is None:
+        raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
+    if schedule.kind == "wsd" and not schedule.decay_steps:
+        raise UserError("schedule.decay_steps must be > 0 with schedule.kind=wsd")
+    if schedule.kind != "wsd" and schedule.decay_steps:
+        raise UserError(f"schedule.decay_steps is only for schedule.kind=wsd, this is {schedule.kind}; remove it")
+    if schedule.warmup_steps + schedule.decay_steps > config.total_steps:
+        raise UserError(
+            f"schedule.warmup_steps + schedule.decay_steps = {schedule.warmup_steps + schedule.decay_steps} is more "
+            f"than the {config.total_steps} steps of the budget (training.max_steps, training.max_tokens)"
+        )
+    if training.global_batch % training.micro_batch:
+        raise UserError(
+            f"training.global_batch={training.global_batch} is not a multiple of training.micro_batch={training.micro_batch}"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", config.run.name):
+        raise UserError(f"run.name='{config.run.name}' must be letters, digits, '.', '_' and '-': it names a folder")
