@@ -1,0 +1,52 @@
+"""Where documents begin in a batch of packed sequences."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+FAR = 1 << 40  # tokens since a document start that lies before the batch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents in rows of L tokens.
+
+    reset (B, L) bool: True at the first token of a document; False at token 0 continues the state handed in.
+    lengths: per row, on the host, the lengths of its pieces of documents, in order, summing to L. They bound how many
+    elements a row can emit, without asking the device.
+    live (B, L) bool: True at slots in use, which come first in each row; None if all are.
+    """
+
+    reset: Tensor
+    lengths: tuple[tuple[int, ...], ...] = ()
+    live: Tensor | None = None
+
+    @classmethod
+    def whole(cls, batch: int, length: int, device=None) -> Documents:
+        """Each row one document, or the continuation of one."""
+        return cls(torch.zeros(batch, length, dtype=torch.bool, device=device), ((length,),) * batch)
+
+    def to(self, device) -> Documents:
+        live = None if self.live is None else self.live.to(device)
+        return Documents(self.reset.to(device, non_blocking=True), self.lengths, live)
+
+    @cached_property
+    def since_reset(self) -> Tensor:
+        """(B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch."""
+        at = torch.arange(self.reset.shape[1], device=self.reset.device).expand_as(self.reset)
+        return at - torch.where(self.reset, at, -FAR).cummax(1).values
+
+    @cached_property
+    def n_live(self) -> Tensor | None:
+        """(B,) int64 slots in use per row, None if all are."""
+        return None if self.live is None else self.live.sum(1)
+
+    def capacity(self, rate: int, band: int, ticks: int) -> int:
+        """Most elements any row can emit with a clock of `rate` ticks a token that keeps within `band` ticks.
+
+        Any W consecutive tokens of one document emit at most floor((rate W + 2 band) / ticks) + 1 elements.
+        """
+        return max(sum(min(w, (rate * w + 2 * band) // ticks + 1) for w in row) for row in self.lengths)

@@ -1,0 +1,95 @@
+"""The language model: embedding, pre-norm residual blocks, final norm, tied read-out. Legend: B rows, L tokens, V vocabulary."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from serpent_scale.config import ModelConfig
+from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_nll
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.serpent import Serpent
+
+
+def build_mixer(name: str, config: ModelConfig) -> nn.Module:
+    """A mixer (B, L, d_model) -> (B, L, d_model); forward(x, documents, state) returns (y, state after x)."""
+    if name == "mamba":
+        return Mamba(config.d_model, int(config.mamba.expand * config.d_model), config.d_model, config.mamba)
+    if name == "serpent":
+        return Serpent(config.d_model, config.serpent, config.mamba)
+    raise ValueError(f"unknown mixer {name}")
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    """The mixer of each layer: the pattern repeated to the depth."""
+    return [config.pattern[i % len(config.pattern)] for i in range(config.n_layers)]
+
+
+def padded_vocab(vocab_size: int) -> int:
+    return -(-vocab_size // 64) * 64
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h)), h in float32 or better."""
+
+    def __init__(self, name: str, config: ModelConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = build_mixer(name, config)
+
+    def forward(self, h: Tensor, documents: Documents, state=None):
+        y, state = self.mixer(self.norm(h), documents, state)
+        return h + y, state
+
+
+class Readout(nn.Module):
+    """Final norm and the tied read-out over the vocabulary; rows past vocab_size are padding and get no probability."""
+
+    def __init__(self, weight: nn.Parameter, config: ModelConfig):
+        super().__init__()
+        self.weight, self.vocab_size = weight, config.vocab_size
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def forward(self, h: Tensor, labels: Tensor | None = None, per_token: bool = False) -> Tensor:
+        h = self.norm(h)
+        if labels is None:
+            return (h @ self.weight.t())[..., : self.vocab_size]
+        if per_token:
+            return linear_token_nll(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size).view(labels.shape)
+        return linear_cross_entropy(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False):
+        super().__init__()
+        self.config, self.activation_checkpointing = config, activation_checkpointing
+        self.embedding = nn.Embedding(padded_vocab(config.vocab_size), config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(name, config) for name in layer_names(config))
+        for block in self.blocks:  # the residual stream's variance does not grow with depth (GPT-2, section 2.3)
+            if isinstance(block.mixer.out_proj, nn.Linear):
+                block.mixer.out_proj.weight.data.div_(config.n_layers**0.5)
+        self.readout = Readout(self.embedding.weight, config)
+
+    def forward(
+        self, tokens: Tensor, documents: Documents | None = None, labels: Tensor | None = None,
+        states: list | None = None, per_token: bool = False, last_only: bool = False,
+    ) -> tuple[Tensor, list]:
+        """tokens (B, L) int64. Returns (what was asked for, state of every block after the last token).
+
+        Without labels: logits (B, L, vocab_size), or (B, 1, vocab_size) if last_only. With labels (B, L) int64, -100 where
+        none: the summed cross-entropy, or with per_token the cross-entropy (B, L) without gradients.
+        """
+        if documents is None:
+            documents = Documents.whole(*tokens.shape, device=tokens.device)
+        h = self.embedding(tokens).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
+        after = []
+        for i, block in enumerate(self.blocks):
+            state = None if states is None else states[i]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h, state = checkpoint(block, h, documents, state, use_reentrant=False)
+            else:
+                h, state = block(h, documents, state)
+            after.append(state)
+        return self.readout(h[:, -1:] if last_only else h, labels, per_token), after

@@ -1,0 +1,79 @@
+"""The Mamba mixer (Gu & Dao, arXiv 2312.00752, section 3.4). Legend: B batch, L length, D d_inner, N d_state."""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serpent_scale.config import MambaConfig
+from serpent_scale.kernels.causal_conv1d import causal_conv1d
+from serpent_scale.kernels.selective_scan import selective_scan
+from serpent_scale.model.documents import Documents
+
+
+class MambaState(NamedTuple):
+    conv: Tensor  # (B, d_conv - 1, D) last inputs of the convolution
+    ssm: Tensor  # (B, D, N)
+
+
+def dt_rank(d_inner: int) -> int:
+    """Rank of the step projection: d_model / 16 at the usual expansion of 2."""
+    return math.ceil(d_inner / 32)
+
+
+class Mamba(nn.Module):
+    """(B, L, d_in) -> (B, L, d_out): in_proj, causal conv, SiLU, x_proj, dt_proj, selective scan, gate, out_proj."""
+
+    def __init__(self, d_in: int, d_inner: int, d_out: int, config: MambaConfig):
+        super().__init__()
+        self.d_inner, self.d_state, self.rank = d_inner, config.d_state, dt_rank(d_inner)
+        self.in_proj = nn.Linear(d_in, 2 * d_inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(d_inner))
+        self.x_proj = nn.Linear(d_inner, self.rank + 2 * config.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.rank, d_inner, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(d_inner))
+        self.A_log = nn.Parameter(torch.arange(1, config.d_state + 1).float().log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_out, bias=False)
+        for parameter in (self.A_log, self.D, self.dt_bias):
+            parameter._no_weight_decay = True
+        self._initialise(config)
+
+    @torch.no_grad()
+    def _initialise(self, config: MambaConfig) -> None:
+        bound = config.d_conv**-0.5
+        self.conv_weight.uniform_(-bound, bound)
+        self.conv_bias.uniform_(-bound, bound)
+        self.dt_proj.weight.uniform_(-(self.rank**-0.5), self.rank**-0.5)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(self.d_inner) * (high - low) + low)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def forward(self, x: Tensor, documents: Documents, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """Slots that are not live leave the state as it is; their outputs mean nothing. Returns (y, state after x)."""
+        halo, ssm = (None, None) if state is None else state
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, halo = causal_conv1d(u, self.conv_weight, self.conv_bias, documents.since_reset, halo, documents.n_live)
+        dt, B, C = self.x_proj(u).split([self.rank, self.d_state, self.d_state], -1)
+        y, ssm = selective_scan(
+            u, self.dt_proj(dt), -torch.exp(self.A_log),
+            B, C, self.D, z, self.dt_bias, documents.reset, documents.live, ssm,
+        )
+        return self.out_proj(y), MambaState(halo, ssm)
+
+    @staticmethod
+    def parameter_count(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> int:
+        n, r = config.d_state, dt_rank(d_inner)
+        return d_inner * (2 * d_in + config.d_conv + 1 + r + 2 * n + r + 1 + n + 1 + d_out)
+
+    @staticmethod
+    def flops(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> tuple[int, int]:
+        """Forward FLOPs per token: (matrix products, the rest: convolution and scan)."""
+        n, r = config.d_state, dt_rank(d_inner)
+        matmul = 2 * d_inner * (2 * d_in + r + 2 * n + r + d_out) + 2 * d_inner * n  # the last: y = C h
+        # conv: multiply and add per tap; scan per state: dt A, exp, decay h, + input, (dt x) B
+        return matmul, d_inner * (2 * config.d_conv + 5 * n)

@@ -1,0 +1,249 @@
+"""SeRpEnt against the float64 oracle, and the properties that must always hold."""
+import math
+
+import numpy as np
+import pytest
+import serpent_oracle
+import torch
+from torch import nn
+
+from serpent_scale.config import MambaConfig, SerpentConfig
+from serpent_scale.kernels.causal_conv1d import causal_conv1d
+from serpent_scale.kernels.resample import TICKS, compress, decompress
+from serpent_scale.kernels.selective_scan.reference import selective_scan_reference
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.serpent import Branch, Serpent, branch_widths, parameter_count
+
+LENGTHS = (153, 17, 60)  # three documents packed in one row
+
+
+class OracleMixer(nn.Module):
+    """The oracle's SSM as an inner mixer."""
+
+    def __init__(self, oracle):
+        super().__init__()
+        self.p = {k: torch.tensor(v) for k, v in oracle.p.items() if isinstance(v, np.ndarray)}
+
+    def forward(self, x, documents, state=None):
+        p = self.p
+        dt = torch.log1p(torch.exp(x @ p["W_dt"] - 1)) * documents.live[..., None]
+        h = x.new_zeros(x.shape[0], *p["A"].shape) if state is None else state
+        ys = []
+        for j in range(x.shape[1]):
+            h = torch.where(documents.reset[:, j, None, None], 0 * h, h)
+            h = torch.exp(dt[:, j, :, None] * p["A"]) * h + (dt * x)[:, j, :, None] * (x @ p["W_B"])[:, j, None]
+            ys.append((h * (x @ p["W_C"])[:, j, None]).sum(-1))
+        return torch.stack(ys, 1), h
+
+
+def packed(lengths, width, seed=1):
+    """One row of documents: (x (1, L, width), Documents)."""
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(1, sum(lengths), width)))
+    starts = np.cumsum((0,) + tuple(lengths[:-1]))
+    reset = torch.zeros(x.shape[:2], dtype=torch.bool)
+    reset[0, starts] = True
+    return x, Documents(reset, (tuple(lengths),))
+
+
+def pieces(documents, cuts):
+    """`documents` cut at the given positions, as what each piece of the row sees."""
+    starts = documents.reset[0].nonzero()[:, 0].tolist()
+    for lo, hi in zip(cuts, cuts[1:]):
+        bounds = [lo] + [s for s in starts if lo < s < hi] + [hi]
+        yield slice(lo, hi), Documents(documents.reset[:, lo:hi], (tuple(np.diff(bounds).tolist()),))
+
+
+@pytest.fixture(params=[(0.5, 1.0, 1.0, 5, 2), (0.25, 4.0, 1.0, 5, 2), (0.2, 16.0, 1.0, 4, 3), (0.3, 0.0, 1.5, 6, 1)])
+def oracle_and_branch(request):
+    rate, band, horizon, bases, taps = request.param
+    oracle = serpent_oracle.Branch(d=6, rate=rate, band=band, horizon=horizon, n_bases=bases, decompress_taps=taps)
+    config = SerpentConfig(band=band, horizon=horizon, n_bases=bases, decompress_taps=taps)
+    branch = Branch(OracleMixer(oracle), 6, 6, rate, config).double()
+    with torch.no_grad():
+        for ours, theirs in (("clock_weight", "w_clock"), ("clock_bias", "b_clock"), ("window_basis", "c_in"),
+                             ("readout_basis", "c_out")):
+            getattr(branch, ours).copy_(torch.as_tensor(oracle.p[theirs]))
+    return oracle, branch
+
+
+def test_emissions_and_outputs_equal_the_oracle(oracle_and_branch):
+    oracle, branch = oracle_and_branch
+    x, documents = packed(LENGTHS, 6)
+    parts = [serpent_oracle.forward(oracle, part.numpy()) for part in x[0].split(LENGTHS)]
+    want = np.concatenate([z for z, _ in parts])
+    fires = np.concatenate([fire + start for (_, fire), start in zip(parts, np.cumsum((0,) + LENGTHS))])
+    emitted = branch._emit(branch._intervals(x), documents, branch._fresh_state(x)).fire
+    assert np.array_equal(emitted[0].numpy().nonzero()[0], fires)
+    z, _ = branch(x, documents)
+    assert np.abs(z[0].detach().numpy() - want).max() < 1e-9
+    # token by token, and cut at document starts, beside them and in between
+    for cuts in (range(sum(LENGTHS) + 1), (0, 100, 153, 170, 230), (0, 1, 152, 154, 229, 230)):
+        state, zs = None, []
+        for part, piece in pieces(documents, list(cuts)):
+            y, state = branch(x[:, part], piece, state)
+            zs.append(y)
+        assert np.abs(torch.cat(zs, 1)[0].detach().numpy() - want).max() < 1e-9
+
+
+@pytest.fixture
+def mixer():
+    torch.manual_seed(0)
+    mixer = Serpent(32, SerpentConfig(band=2.0), MambaConfig())
+    for name, parameter in mixer.named_parameters():  # a clock that has learned something
+        if "clock_weight" in name or "readout_basis" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return mixer
+
+
+def test_outputs_before_a_changed_token_do_not_move_by_a_bit(mixer):
+    x, documents = packed(LENGTHS, 32)
+    x = x.float()
+    y, _ = mixer(x, documents)
+    for t in (1, 7, 152, 153, 154, 171, 229):
+        changed = x.clone()
+        changed[:, t:] = 3 * torch.randn_like(changed[:, t:])
+        assert torch.equal(mixer(changed, documents)[0][:, :t], y[:, :t])
+
+
+def test_a_packed_document_gives_what_it_gives_alone(mixer):
+    mixer.double()
+    x, documents = packed(LENGTHS, 32)
+    together = mixer(x, documents)[0][0].split(LENGTHS)
+    for part, got in zip(x[0].split(LENGTHS), together):
+        alone, _ = mixer(part[None], Documents.whole(1, len(part)))
+        torch.testing.assert_close(got, alone[0], rtol=1e-9, atol=1e-10)
+
+
+def test_rows_of_a_batch_do_not_touch(mixer):
+    mixer.double()
+    rows = [packed(lengths, 32, seed) for seed, lengths in enumerate([(40, 60), (100,), (1, 99)])]
+    batch = Documents(torch.cat([d.reset for _, d in rows]), sum((d.lengths for _, d in rows), ()))
+    together, _ = mixer(torch.cat([x for x, _ in rows]), batch)
+    for got, (x, documents) in zip(together, rows):
+        torch.testing.assert_close(got, mixer(x, documents)[0][0], rtol=1e-9, atol=1e-10)
+
+
+def test_capacity_holds_for_any_clock_and_is_known_from_the_lengths():
+    config = SerpentConfig(band=1.0)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        branch = Branch(nn.Identity(), 4, 4, 0.25, config)
+        nn.init.normal_(branch.clock_weight, std=20.0)  # saturated: runs of the largest and of the smallest interval
+        x, documents = packed((90, 3, 1, 30), 4, seed)
+        emitted = branch._emit(branch._intervals(x.float().cumsum(1)), documents, branch._fresh_state(x.float()))
+        slots = emitted.live.shape[1]
+        assert slots == documents.capacity(branch.rate_ticks, branch.band_ticks, TICKS)
+        assert int(emitted.fire.sum()) == int(emitted.live.sum()) <= slots  # every emission has a slot
+        assert torch.equal(emitted.emitter[emitted.live], emitted.fire[0].nonzero()[:, 0])
+        assert emitted.fire[0, [0, 90, 93, 94]].all()  # the first token of a document always emits
+        steps = emitted.steps[0].double() / TICKS
+        assert steps.min() >= branch.low - 1e-6 and steps.max() <= branch.high + 1e-6
+
+
+def test_compressed_states_equal_a_full_length_scan_that_skips_silent_tokens(mixer):
+    mixer.double()
+    branch = mixer.branches[1]
+    x, documents = packed((120,), 32)
+    e = branch._emit(branch._intervals(x), documents, branch._fresh_state(x))
+    seen = {}
+    hook = branch.inner.register_forward_hook(lambda module, args, out: seen.update(x=args[0], state=out[1]))
+    branch(x, documents)
+    hook.remove()
+    # lay the compressed inputs out at the tokens that emitted; everywhere else dt is 0
+    inner, live = branch.inner, e.live[0]
+    full = torch.zeros_like(x)
+    full[0, e.emitter[0][live]] = seen["x"][0][live]
+    u, z = inner.in_proj(seen["x"][:, : int(live.sum())]).chunk(2, -1)
+    u, _ = causal_conv1d(u, inner.conv_weight, inner.conv_bias)
+    spread = [torch.zeros(1, 120, v.shape[-1], dtype=v.dtype) for v in (u, z)]
+    for v, s in zip((u, z), spread):
+        s[0, e.emitter[0][live]] = v[0]
+    dt, B, C = inner.x_proj(spread[0]).split([inner.rank, inner.d_state, inner.d_state], -1)
+    _, state = selective_scan_reference(
+        spread[0], inner.dt_proj(dt), -inner.A_log.exp(), B, C, inner.D, spread[1], inner.dt_bias, live=e.fire
+    )
+    torch.testing.assert_close(seen["state"].ssm, state, rtol=1e-9, atol=1e-12)
+
+
+def lags_moved_by(branch, e, shift):
+    """(near, far, phase since the newest emission) with every token's step moved by `shift` (L,) grid steps, who emits
+    and each emission's phase as they were: a loop over tokens and taps."""
+    steps = e.steps[0].double() / TICKS + shift
+    phase = (e.ticks[0] & (TICKS - 1)).double() / TICKS
+    near, far = torch.zeros(2, *e.emitter.shape, branch.window_taps, dtype=torch.float64)
+    for j, t in enumerate(e.emitter[0].tolist()):
+        lag = -phase[t]
+        for k in range(min(branch.window_taps, int(e.position[0, t]))):
+            near[0, j, k], lag = lag, lag + steps[t - k]
+            far[0, j, k] = lag
+    since, last = torch.zeros_like(phase), 0.0
+    for t in range(len(phase)):
+        last = since[t] = phase[t] if e.fire[0, t] else last + steps[t]
+    return near, far, since[None]
+
+
+def test_gradients_of_the_intervals_match_finite_differences(monkeypatch):
+    torch.manual_seed(3)
+    branch = Branch(Mamba(6, 8, 6, MambaConfig(d_state=4)), 6, 6, 0.3, SerpentConfig(band=64.0)).double()
+    nn.init.normal_(branch.clock_weight, std=0.3), nn.init.normal_(branch.readout_basis, std=0.3)
+    x, documents = packed((40, 23), 6)
+    direction, probe = torch.randn(1, 63, 6, dtype=torch.float64), torch.randn(63, dtype=torch.float64)
+    interval = branch._intervals(x).detach().requires_grad_()
+    monkeypatch.setattr(branch, "_intervals", lambda u: interval)
+    (branch(x, documents)[0] * direction).sum().backward()
+    e = branch._emit(interval.detach(), documents, branch._fresh_state(x))
+
+    def loss(shift):
+        near, far, since = lags_moved_by(branch, e, shift)
+        state = branch._fresh_state(x)
+        xt = compress(x, state.tokens, e.emitter, near, far, branch.window_basis, branch.window_centres,
+                      branch.window_width, branch.horizon) * e.live[..., None]
+        y, _ = branch.inner(xt, Documents(documents.reset.gather(1, e.emitter) & e.live, live=e.live))
+        z = decompress(y, state.outputs, e.newest, since, e.count, branch.readout_basis, branch.readout_centres,
+                       branch.readout_width)
+        return (z * direction).sum().item()
+
+    numeric = (loss(1e-6 * probe) - loss(-1e-6 * probe)) / 2e-6
+    assert abs(float(interval.grad[0] @ probe) - numeric) < 1e-6 * max(1.0, abs(numeric))
+    assert abs(numeric) > 1e-3
+
+
+def test_the_clock_starts_uniform_and_the_window_as_half_the_mean():
+    branch = Branch(nn.Identity(), 8, 8, 0.25, SerpentConfig())
+    x, documents = packed((64,), 8)
+    fire = branch._emit(branch._intervals(x.float()), documents, branch._fresh_state(x.float())).fire[0]
+    assert fire.nonzero()[:, 0].tolist() == list(range(0, 64, 4))
+    s = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None]
+    density = torch.exp(-0.5 * ((s - branch.window_centres) / branch.window_width) ** 2) @ branch.window_basis[:, 0].double()
+    assert (density - 0.5).abs().max() < 0.05
+
+
+def test_rate_one_alone_is_exactly_the_inner_mixer():
+    torch.manual_seed(0)
+    config, mamba = SerpentConfig(rates=[1.0]), MambaConfig()
+    mixer = Serpent(32, config, mamba)
+    assert mixer.branches[0].d_inner == 64
+    x, documents = packed((50,), 32)
+    assert torch.equal(mixer(x.float(), documents)[0], mixer.branches[0](x.float(), documents)[0])
+
+
+@pytest.mark.parametrize("d_model", [64, 128, 512, 768, 1024, 2048])
+def test_a_layer_has_as_many_parameters_as_a_mamba_layer(d_model):
+    config, mamba = SerpentConfig(), MambaConfig()
+    inners, outs = branch_widths(d_model, config, mamba)
+    ours = parameter_count(d_model, inners, outs, config, mamba)
+    plain = Mamba.parameter_count(d_model, 2 * d_model, d_model, mamba)
+    assert sum(outs) == d_model and abs(ours / plain - 1) < 0.01
+    if d_model <= 128:
+        with torch.device("meta"):
+            assert sum(p.numel() for p in Serpent(d_model, config, mamba).parameters()) == ours
+            assert sum(p.numel() for p in Mamba(d_model, 2 * d_model, d_model, mamba).parameters()) == plain
+
+
+def test_frozen_clock_is_uniform_and_has_no_parameters():
+    branch = Branch(nn.Identity(), 8, 8, 1 / 3, SerpentConfig(learn_clock=False))
+    assert not any("clock" in name for name, _ in branch.named_parameters())
+    x, documents = packed((60,), 8)
+    fire = branch._emit(branch._intervals(x), documents, branch._fresh_state(x)).fire[0].nonzero()[:, 0]
+    assert math.isclose(len(fire), 20, abs_tol=1) and set(np.diff(fire.numpy())) <= {2, 3, 4}
