@@ -14,6 +14,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_s
     labels (T,) int64. The product runs in the autocast dtype where autocast is on, the softmax in float32 or better.
     Returns a scalar in that better dtype; differentiable in hidden and weight.
     """
+    if not torch.is_grad_enabled():
+        return linear_token_nll(hidden, weight, labels, vocab_size, chunk).sum()
     return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, _matmul_dtype(hidden))
 
 

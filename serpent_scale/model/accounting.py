@@ -1,0 +1,104 @@
+"""What a model costs before it exists: parameters per part, FLOPs per token, memory per rank."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from serpent_scale.config import Config, ModelConfig
+from serpent_scale.model import serpent
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab
+from serpent_scale.model.mamba import Mamba
+
+GIB = 2**30
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part; the sum is the model's size. The embedding is shared with the read-out."""
+    counts = {"embedding": padded_vocab(config.vocab_size) * config.d_model}
+    for name in layer_names(config):
+        counts[f"{name} layers"] = counts.get(f"{name} layers", 0) + _mixer_parameters(name, config)
+    counts["norms"] = (config.n_layers + 1) * config.d_model
+    return counts
+
+
+def _mixer_parameters(name: str, config: ModelConfig) -> int:
+    d = config.d_model
+    if name == "mamba":
+        return Mamba.parameter_count(d, int(config.mamba.expand * d), d, config.mamba)
+    widths = serpent.branch_widths(d, config.serpent, config.mamba)
+    return serpent.parameter_count(d, *widths, config.serpent, config.mamba)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs per token; a training step costs three times as much (the backward pass twice the forward)."""
+
+    matmul: float  # matrix products, the ones a utilisation figure is about
+    other: float  # convolutions, scans, resampling weights
+
+    @property
+    def training(self) -> float:
+        return 3 * (self.matmul + self.other)
+
+
+def flops_per_token(config: ModelConfig) -> Flops:
+    """SeRpEnt branches counted at their target rates. Norms and activations are left out."""
+    d = config.d_model
+    matmul, other = 2.0 * d * padded_vocab(config.vocab_size), 0.0
+    for name in layer_names(config):
+        if name == "mamba":
+            m, o = Mamba.flops(d, int(config.mamba.expand * d), d, config.mamba)
+        else:
+            m, o = serpent.flops(d, config.serpent, config.mamba)
+        matmul, other = matmul + m, other + o
+    return Flops(matmul, other)
+
+
+def memory_per_rank(config: Config, world_size: int, device: str) -> dict[str, float]:
+    """Estimated bytes on one rank: fp32 parameters, gradients and Adam moments under ZeRO, and what the backward pass of
+    one micro-batch keeps (counted on fake tensors, without allocating)."""
+    n, stage = sum(parameter_counts(config.model).values()), config.training.zero_stage
+    share = [1 if stage < k else world_size for k in (3, 2, 1)]
+    return {
+        "parameters": 4 * n / share[0],
+        "gradients": 4 * n / share[1],
+        "Adam moments": 8 * n / share[2],
+        "activations": _activation_bytes(config, device),
+    }
+
+
+def _activation_bytes(config: Config, device: str) -> float:
+    model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
+    names = layer_names(model)
+    kept = {name: _saved_bytes(name, config, device) for name in set(names)}
+    stream = 4 * rows * length * model.d_model
+    if config.training.activation_checkpointing:
+        total = stream * len(names) + max(kept.values())
+    else:
+        total = sum(kept[name] for name in names)
+    chunk_logits = 3 * 4 * 2048 * padded_vocab(model.vocab_size)
+    return total + 3 * stream + chunk_logits
+
+
+def _saved_bytes(name: str, config: Config, device: str) -> float:
+    """Bytes one block keeps for its backward pass, counted on at most 512 tokens a row and scaled up."""
+    rows, length = config.training.micro_batch, min(config.data.seq_len, 512)
+    seen: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if not tensor.is_leaf or not tensor.requires_grad:
+            seen[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with FakeTensorMode(), torch.device(device):
+        block = Block(name, config.model)
+        h = torch.empty(rows, length, config.model.d_model, requires_grad=True)
+        documents = Documents.whole(rows, length)
+        autocast = torch.autocast(device, torch.bfloat16, enabled=config.training.precision == "bf16")
+        with autocast, saved_tensors_hooks(keep, lambda t: t):
+            block(h, documents)
+    return sum(t.untyped_storage().nbytes() for t in seen.values()) * config.data.seq_len / length

@@ -1,0 +1,229 @@
+"""The training loop: build, resume, step, evaluate, save."""
+from __future__ import annotations
+
+import math
+import resource
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from data_pipeline.stream import TokenStream
+from serpent_scale.checkpoint import store
+from serpent_scale.config import Config
+from serpent_scale.errors import UserError
+from serpent_scale.model.accounting import GIB, flops_per_token
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_rank_zero
+from serpent_scale.training.deepspeed_config import deepspeed_config
+from serpent_scale.training.metrics import Metrics
+from serpent_scale.training.optimizer import build_optimizer, learning_rate
+
+# Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+
+
+class Trainer:
+    """One pretraining run. Raises UserError for anything the user can mend, on all ranks together."""
+
+    def __init__(self, config: Config, processes: Processes):
+        self.config, self.processes = config, processes
+        self.accumulation = config.grad_accumulation(processes.world_size)
+        data, device = config.data, processes.device
+        self.stream = TokenStream(Path(data.path), "train", data.seq_len, config.run.seed, data.shuffle_block)
+        self.validation = TokenStream.ordered(Path(data.path), config.evaluation.split, data.seq_len)
+        check_vocabulary(config, self.stream)
+        self.tokenizer = (Path(data.path) / "tokenizer.json").read_text()
+
+        torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
+        model = LanguageModel(config.model, config.training.activation_checkpointing).to(device)
+        self.optimizer = build_optimizer(model, config.optimizer, device)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config, processes.world_size)
+        )
+        self.flops = flops_per_token(config.model).training
+        self.peak = peak_flops(config, device) * processes.world_size
+        self.step, self.tokens, self.bad_steps, self.wandb_id = 0, 0, 0, None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.run_folder / "checkpoints"
+
+    def resume(self, where: str) -> None:
+        """`auto`: the newest checkpoint that verifies, or a fresh start if there is none at all; `none`: a fresh start,
+        refused where checkpoints are; else the path of a checkpoint."""
+        path = on_rank_zero(lambda: find_checkpoint(where, self.checkpoints))
+        if path is None:
+            return
+        state = store.load(self.engine, path)
+        self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
+        samples = self.stream.check_state(state["data"])
+        if samples != self.step * self.config.training.global_batch:
+            raise UserError(
+                f"{path}: written with another training.global_batch ({samples} samples in {self.step} steps); "
+                f"set training.global_batch={samples // max(self.step, 1)}"
+            )
+        if self.processes.rank == 0:
+            print(f"resumed from {path}, step {self.step}", flush=True)
+
+    def train(self) -> None:
+        """Run to the budget, or to training.stop_at_step."""
+        config = self.config
+        last = min(config.total_steps, config.training.stop_at_step or config.total_steps)
+        self.metrics = self._open_metrics() if self.processes.rank == 0 else None
+        if self.step == 0 and config.evaluation.every:
+            self.evaluate()
+        while self.step < last:
+            self._log(self.train_step())
+            if config.evaluation.every and self.step % config.evaluation.every == 0 and self.step < last:
+                self.evaluate()
+            if self.step % config.checkpoint.every == 0 and self.step < last:
+                self.save()
+        self.evaluate()
+        self.save()
+        if self.metrics:
+            self.metrics.close()
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step over the global batch: its metrics."""
+        training, started = self.config.training, time.perf_counter()
+        rate = learning_rate(self.step, self.config.schedule, self.config.total_steps, self.config.optimizer.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
+        for micro_step in range(self.accumulation):
+            fetched = time.perf_counter()
+            batch = self.stream.batch(self._first_sample(micro_step), training.micro_batch)
+            data_seconds += time.perf_counter() - fetched
+            loss_sum = self._loss(batch)
+            # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
+            self.engine.backward(loss_sum / batch.tokens.numel())
+            self.engine.step()
+            totals += torch.stack([loss_sum.detach().double(), (batch.labels >= 0).sum().double().to(totals.device)])
+        all_reduce_sum(totals)
+        loss, norm = (totals[0] / totals[1]).item(), float(self.engine.get_global_grad_norm())
+        self._count_bad_steps(loss, norm)
+        self.step += 1
+        tokens = training.global_batch * self.config.data.seq_len
+        self.tokens += tokens
+        seconds = time.perf_counter() - started
+        return {
+            "loss": loss, "grad_norm": norm, "lr": rate, "tokens": self.tokens, "tokens_per_second": tokens / seconds,
+            "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
+            "step_seconds": seconds, "data_seconds": data_seconds,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks."""
+        stream, rows = self.validation, self.config.training.micro_batch
+        windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
+        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.processes.world_size
+        self.engine.eval()
+        for first in range(self.processes.rank * rows, windows + self.processes.rank * rows, stride):
+            # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
+            batch = stream.batch(min(first, windows - 1), rows)
+            batch.labels[max(0, windows - first) :] = -100
+            totals += torch.stack([self._loss(batch).double(), (batch.labels >= 0).sum().double().to(totals.device)])
+        self.engine.train()
+        all_reduce_sum(totals)
+        loss = (totals[0] / totals[1]).item()
+        if self.metrics:
+            self.metrics.log_evaluation(self.step, {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": self.tokens})
+        return loss
+
+    def save(self) -> Path:
+        state = {
+            "step": self.step, "tokens": self.tokens, "data": self.stream.state(self.step * self.config.training.global_batch),
+            "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
+        }
+        texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
+        return store.save(self.engine, self.checkpoints, self.step, state, texts, self.config.checkpoint.keep_last)
+
+    def _loss(self, batch) -> torch.Tensor:
+        device = self.processes.device
+        documents = Documents(batch.reset, batch.lengths).to(device)
+        loss_sum, _ = self.engine(
+            batch.tokens.to(device, non_blocking=True), documents, batch.labels.to(device, non_blocking=True)
+        )
+        return loss_sum
+
+    def _first_sample(self, micro_step: int) -> int:
+        """Number of the first sample of this rank's micro-batch: step s covers samples [s G, (s + 1) G)."""
+        training = self.config.training
+        rank_slice = micro_step * self.processes.world_size + self.processes.rank
+        return self.step * training.global_batch + rank_slice * training.micro_batch
+
+    def _count_bad_steps(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        if self.bad_steps >= self.config.training.max_bad_steps:
+            first = self.step * self.config.training.global_batch
+            raise UserError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}, not finite {self.bad_steps} steps in a row (samples "
+                f"{first} to {first + self.config.training.global_batch - 1}); lower optimizer.lr or raise training.max_bad_steps"
+            )
+
+    def _open_metrics(self) -> Metrics:
+        config = self.config
+        return Metrics(config.run_folder, config.logging, config.total_steps, self.step, config.to_yaml(), self.wandb_id)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self.metrics:
+            self.metrics.log(self.step, metrics)
+
+
+def prepare_run_folder(config: Config) -> None:
+    """Make the run's folder and leave the resolved configuration in it. Raises UserError if it cannot be written."""
+    folder = config.run_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the run's folder ({error.strerror}); set run.folder to one that can be") from None
+
+
+def find_checkpoint(where: str, checkpoints: Path) -> Path | None:
+    """The checkpoint that --resume WHERE means. Raises UserError rather than start over where something was saved."""
+    if where not in ("auto", "none"):
+        if not Path(where).is_dir():
+            raise UserError(f"--resume {where}: no such checkpoint folder")
+        return Path(where)
+    newest, skipped = store.newest(checkpoints)
+    for path, reason in skipped:
+        print(f"skipped checkpoint {path}: {reason}", flush=True)
+    if where == "none":
+        if newest or skipped:
+            raise UserError(f"{checkpoints}: holds checkpoints of an earlier run; use --resume auto or another run.name")
+        return None
+    if newest is None and skipped:
+        raise UserError(f"{checkpoints}: no checkpoint verifies (see above); mend one, or use another run.name to start over")
+    return newest
+
+
+def check_vocabulary(config: Config, stream: TokenStream) -> None:
+    size = stream.index.vocab_size
+    if size != config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} but the tokenizer of {config.data.path} has {size} tokens; "
+            f"set model.vocab_size={size} or prepare the data with another tokenizer"
+        )
+
+
+def peak_flops(config: Config, device: torch.device) -> float:
+    """Peak FLOP/s of one device, 0 if not known."""
+    if config.training.peak_tflops is not None:
+        return config.training.peak_tflops * 1e12
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def peak_memory_gib() -> float:
+    """Largest memory so far: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
