@@ -1,0 +1,48 @@
+"""Text from a checkpoint, streamed to the terminal: `launch/generate.py --checkpoint RUN --prompt "The history of"`."""
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from serpent_scale.errors import UserError, exit_on_user_error
+from serpent_scale.evaluation.generation import generate
+from serpent_scale.evaluation.loading import load_checkpoint, pick_device
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder for its newest")
+    parser.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    args = arguments()
+    if args.temperature < 0 or (args.top_k is not None and args.top_k < 1) or not 0 < args.top_p <= 1:
+        raise UserError("--temperature must be >= 0, --top-k >= 1 and 0 < --top-p <= 1")
+    device = pick_device(args.device)
+    loaded = load_checkpoint(args.checkpoint, device)
+    prompt = [loaded.end_of_text] + loaded.tokenizer.encode(args.prompt).ids
+    draw = torch.Generator(device).manual_seed(args.seed)
+    new, shown = [], ""
+    print(args.prompt, end="", flush=True)
+    for token in generate(loaded.model, torch.tensor([prompt], device=device), args.max_new_tokens, args.temperature, args.top_k,
+                          args.top_p, loaded.end_of_text, draw):
+        new.append(int(token))
+        text = loaded.tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # a character still missing some of its bytes
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+
+
+if __name__ == "__main__":
+    main()

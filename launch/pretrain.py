@@ -1,0 +1,72 @@
+"""Pretrain a SeRpEnt-Mamba language model: `deepspeed launch/pretrain.py --config configs/wt103_350m.yaml`.
+
+Also under torchrun, under srun with one task per device, or as plain `python launch/pretrain.py` on one device.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+
+from serpent_scale.config import load_config
+from serpent_scale.errors import UserError, exit_on_user_error
+from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
+from serpent_scale.parallel import processes
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file; configs/ holds the ones shipped")
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
+                        help="auto: the newest checkpoint of this run that verifies (default); none: a fresh run")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and steps, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.micro_batch=4")
+    return parser.parse_intermixed_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    args = arguments()
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        return
+    ranks = processes.start()
+    from serpent_scale.training.trainer import Trainer, prepare_run_folder  # after start(), which picks DeepSpeed's device
+
+    try:
+        processes.on_rank_zero(lambda: prepare_run_folder(config))
+        if ranks.rank == 0:
+            print(config.to_yaml(), flush=True)
+        trainer = Trainer(config, ranks)
+        trainer.resume(args.resume)
+        trainer.train()
+    except UserError:
+        raise
+    finally:
+        processes.stop()
+
+
+def print_plan(config, world_size: int) -> None:
+    """What the run will be, without starting it."""
+    import torch
+
+    print(config.to_yaml())
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model)
+    for part, n in counts.items():
+        print(f"{part:<24}{n:>16,} parameters")
+    print(f"{'total':<24}{sum(counts.values()):>16,} parameters")
+    print(f"{'FLOPs per token':<24}{flops.training / 1e9:>16.3f} GFLOP, forward and backward "
+          f"({flops.matmul / (flops.matmul + flops.other):.1%} in matrix products)")
+    memory = memory_per_rank(config, world_size, "cuda" if torch.cuda.is_available() else "cpu")
+    for part, size in memory.items():
+        print(f"{part:<24}{size / GIB:>16.2f} GiB per rank")
+    print(f"{'estimated total':<24}{sum(memory.values()) / GIB:>16.2f} GiB per rank, {world_size} ranks, "
+          f"ZeRO-{config.training.zero_stage}")
+    tokens = config.total_steps * config.training.global_batch * config.data.seq_len
+    print(f"{'steps':<24}{config.total_steps:>16,} of {config.training.global_batch} x {config.data.seq_len} tokens: "
+          f"{tokens:,} tokens, {config.grad_accumulation(world_size)} passes a step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Configuration: what is accepted, and that every refusal names the key and the mend."""
+from pathlib import Path
+
+import pytest
+
+from serpent_scale.config import Config, load_config
+from serpent_scale.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+BASE = "training: {max_steps: 1000}\n"
+
+
+def load(tmp_path, text=BASE, *overrides):
+    (tmp_path / "c.yaml").write_text(text)
+    return load_config(tmp_path / "c.yaml", list(overrides))
+
+
+def test_round_trip_and_overrides(tmp_path):
+    config = load(tmp_path, BASE, "optimizer.lr=3e-4", "model.pattern=[mamba]", "deepspeed.zero_optimization.reduce_bucket_size=1000")
+    assert config.optimizer.lr == 3e-4 and config.model.pattern == ["mamba"]
+    assert config.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}}
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+def test_a_token_budget_is_rounded_up_to_steps(tmp_path):
+    config = load(tmp_path, "training: {max_tokens: 1000001, global_batch: 10, micro_batch: 5}\ndata: {seq_len: 100}\nschedule: {warmup_steps: 0}")
+    assert config.total_steps == 1001
+
+
+@pytest.mark.parametrize("text, overrides, words", [
+    ("training: {max_stps: 1000}", [], ["training.max_stps", "nearest valid key is 'training.max_steps'"]),
+    ("trainng: {max_steps: 10}", [], ["'trainng'", "'training'"]),
+    ("lr: 3", [], ["'optimizer.lr'"]),
+    (BASE, ["model.patern=[mamba]"], ["override", "model.pattern"]),
+    ("training: {max_steps: abc}", [], ["training.max_steps", "abc", ">= 1"]),
+    (BASE, ["data.seq_len=0.5"], ["data.seq_len", "0.5"]),
+    (BASE, ["optimizer.lr=-1"], ["optimizer.lr=-1", "> 0"]),
+    (BASE, ["optimizer.lr=.nan"], ["optimizer.lr"]),
+    (BASE, ["training.zero_stage=4"], ["training.zero_stage=4", "<= 3"]),
+    (BASE, ["training.precision=fp16"], ["training.precision=fp16", "bf16, fp32"]),
+    (BASE, ["model.pattern=[mmba]"], ["'mmba'", "did you mean 'mamba'"]),
+    (BASE, ["model.pattern=[]"], ["model.pattern is empty"]),
+    (BASE, ["model.serpent.rates=[1.0,1.5]"], ["model.serpent.rates"]),
+    (BASE, ["schedule.kind=wsd"], ["schedule.decay_steps"]),
+    (BASE, ["schedule.warmup_steps=2000"], ["2000", "1000 steps"]),
+    (BASE, ["training.micro_batch=7"], ["training.global_batch=64", "training.micro_batch=7"]),
+    (BASE, ["training.max_steps=null"], ["training.max_steps or training.max_tokens"]),
+    (BASE, ["run.name=../x"], ["run.name"]),
+    (BASE, ["run.name"], ["not key=value"]),
+    ("training: {max_steps: 01000}", [], ["octal"]),
+    ("training: {max_steps: 1}\ntraining: {max_steps: 2}", [], ["not valid YAML"]),
+    ("run: {name: '${oc.env:HOME}'}", [], ["refused"]),
+    ("run: !!python/object/apply:os.system ['true']", [], ["c.yaml"]),
+    ("- 3", [], ["sections"]),
+    ("a: [", [], ["not valid YAML"]),
+])
+def test_refusals_name_the_key_and_the_mend(tmp_path, text, overrides, words):
+    with pytest.raises(UserError) as refusal:
+        load(tmp_path, text, *overrides)
+    message = str(refusal.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match="nowhere.yaml: no such config file"):
+        load_config("nowhere.yaml")
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_is_refused():
+    config = Config()
+    assert config.grad_accumulation(8) == 1 and config.grad_accumulation(2) == 4
+    with pytest.raises(UserError, match="8 x 3 ranks = 24"):
+        config.grad_accumulation(3)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_configs_load_and_document_every_key(file):
+    import yaml
+
+    load_config(file)
+
+    def keys(node, prefix=""):
+        for name, value in node.items():
+            yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
+
+    written, resolved = yaml.safe_load(file.read_text()), yaml.safe_load(load_config(file).to_yaml())
+    assert set(keys(written)) == set(keys(resolved))
