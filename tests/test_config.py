@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from serpent_scale.config import Config, load_config
-from serpent_scale.errors import UserError
+from serpent_scale.errors import UserError, check_torch
 
 ROOT = Path(__file__).parents[1]
 BASE = "training: {max_steps: 1000}\n"
@@ -85,3 +85,9 @@ def test_shipped_configs_load_and_document_every_key(file):
 
     written, resolved = yaml.safe_load(file.read_text()), yaml.safe_load(load_config(file).to_yaml())
     assert set(keys(written)) == set(keys(resolved))
+
+
+def test_torch_below_2_10_is_refused():
+    check_torch("2.10.0"), check_torch("2.13.0+cpu")
+    with pytest.raises(UserError, match="torch 2.9.1.* is too old"):
+        check_torch("2.9.1+cu128")

@@ -1,0 +1,250 @@
+"""The index of a split: what is in its shards, and the checks that it is true.
+
+Opening a split checks the index and that every shard has its size. `verify_shard` reads a whole shard; `open_shard` does so
+before it hands out a shard's tokens.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.files import sha256_of, write_atomically
+from serpent_scale.errors import UserError
+
+FORMAT = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+HEADER = 512  # of a tar member, and what its payload is padded to
+RECORD = 10240  # what a tar file is padded to
+MEND = "restore it from a copy, or prepare the data again in an empty folder"
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """One split on disk.
+
+    sha256: of index.json, the identity of the data. documents (n, 3) int64: shard, byte offset of the payload in its tar,
+    tokens; in shard order. tokens counts the marks around documents; bytes and words count the text, words by `word_rule`.
+    """
+
+    folder: Path
+    sha256: str
+    split: str
+    dtype: np.dtype
+    tokenizer_sha256: str
+    vocab_size: int
+    eot_id: int
+    tokens: int
+    bytes: int
+    words: int
+    word_rule: str
+    shards: tuple[Shard, ...]
+    documents: np.ndarray
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.documents)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder.parent / "tokenizer.json"
+
+    def first_document(self, shard: int) -> int:
+        """Number of a shard's first document; of one past the last shard, the number of documents."""
+        return int(np.searchsorted(self.documents[:, 0], shard))
+
+
+def payload_offsets(sizes: np.ndarray) -> np.ndarray:
+    """Where the payloads of members of these sizes (n,) int64 lie in a tar, plus where the tar's end marks begin: (n + 1,)."""
+    ends = np.cumsum(HEADER + -(-sizes // HEADER) * HEADER)
+    return np.concatenate([[0], ends]) + np.append(np.full(len(sizes), HEADER), 0)
+
+
+def member_name(document: int) -> str:
+    return f"{document:09d}.tokens"
+
+
+def publish_index(
+    folder: Path, *, split: str, dtype: str, tokenizer_sha256: str, vocab_size: int, eot_id: int, bytes: int, words: int,
+    word_rule: str, shards: list[Shard], documents: np.ndarray,
+) -> None:  # fmt: skip
+    """Write documents.npy and then index.json, whose appearance makes the split readable."""
+    buffer = io.BytesIO()
+    np.save(buffer, documents.astype("<i8"), allow_pickle=False)
+    write_atomically(folder / "documents.npy", buffer.getvalue())
+    fields = dict(
+        format=FORMAT, split=split, dtype=dtype, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, eot_id=eot_id,
+        documents=len(documents), tokens=sum(shard.tokens for shard in shards), bytes=bytes, words=words,
+        word_rule=word_rule, documents_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        shards=[asdict(shard) for shard in shards],
+    )  # fmt: skip
+    write_atomically(folder / "index.json", (json.dumps(fields, indent=1) + "\n").encode())
+
+
+_FIELDS = dict(
+    format=int, split=str, dtype=str, tokenizer_sha256=str, vocab_size=int, eot_id=int, documents=int, tokens=int, bytes=int,
+    words=int, word_rule=str, documents_sha256=str, shards=list,
+)  # fmt: skip
+_SHARD_FIELDS = dict(name=str, documents=int, tokens=int, bytes=int, sha256=str)
+
+
+def load_index(folder: Path) -> Index:
+    """Open the split in `folder` (DATA/SPLIT).
+
+    Raises UserError when the index or tokenizer is missing or wrong, or a shard is missing or of another size.
+    """
+    folder = Path(folder)
+    path = folder / "index.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such index; prepare the split with launch/prepare_data.py, or set data.path")
+    raw = path.read_bytes()
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {MEND}") from None
+    if isinstance(fields, dict) and fields.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path}: format {fields['format']!r}, this version reads {FORMAT}; prepare the data again")
+    _check_fields(path, "", fields, _FIELDS)
+    for number, shard in enumerate(fields["shards"]):
+        _check_fields(path, f"shards[{number}].", shard, _SHARD_FIELDS)
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.tar", shard["name"]):
+            raise UserError(f"{path}: shards[{number}].name {shard['name']!r} is not a plain file name; {MEND}")
+    if fields["dtype"] not in DTYPES:
+        raise UserError(f"{path}: dtype {fields['dtype']!r} is not one of {', '.join(DTYPES)}; {MEND}")
+    if not fields["eot_id"] < fields["vocab_size"]:
+        raise UserError(f"{path}: eot_id {fields['eot_id']} is outside the vocabulary of {fields['vocab_size']}; {MEND}")
+    documents = _load_documents(folder / "documents.npy", fields.pop("documents_sha256"))
+    shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
+    _check_totals(path, fields, shards, documents)
+    del fields["format"], fields["documents"]
+    fields["dtype"] = DTYPES[fields["dtype"]]
+    index = Index(folder=folder, sha256=hashlib.sha256(raw).hexdigest(), shards=shards, documents=documents, **fields)
+    _check_tokenizer(index)
+    for number in range(len(shards)):
+        _check_size(index, number)
+    return index
+
+
+def verify_shard(index: Index, number: int) -> None:
+    """Read shard `number` whole: its size, its sha256, and that its members are the documents the index says, no others.
+
+    Raises UserError naming the shard.
+    """
+    path = _check_size(index, number)
+    digest = sha256_of(path)
+    if digest != index.shards[number].sha256:
+        raise UserError(f"{path}: sha256 is {digest[:16]}…, the index says {index.shards[number].sha256[:16]}…; {MEND}")
+    _check_members(index, number, np.memmap(path, np.uint8, "r"))
+
+
+def open_shard(index: Index, number: int) -> np.ndarray:
+    """Verify shard `number` and map the whole tar as an array of `index.dtype`; a payload at byte b begins at b / itemsize."""
+    verify_shard(index, number)
+    return np.asarray(np.memmap(index.folder / index.shards[number].name, index.dtype, "r"))
+
+
+def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) -> None:
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: {prefix.rstrip('.') or 'the file'} is not a JSON object; {MEND}")
+    for key in sorted(set(expected) ^ set(fields)):
+        raise UserError(f"{path}: {'unknown' if key in fields else 'missing'} key '{prefix}{key}'; {MEND}")
+    for key, kind in expected.items():
+        value = fields[key]
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(f"{path}: {prefix}{key} is {str(value)[:40]!r}, not a valid {kind.__name__}; {MEND}")
+
+
+def _load_documents(path: Path, sha256: str) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {MEND}")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise UserError(f"{path}: its sha256 is not the one in index.json; {MEND}")
+    try:
+        documents = np.load(io.BytesIO(raw), allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{path}: not a plain array ({error}); {MEND}") from None
+    if documents.dtype != np.int64 or documents.ndim != 2 or documents.shape[1] != 3:
+        raise UserError(f"{path}: {documents.dtype} {documents.shape} is not int64 (documents, 3); {MEND}")
+    return documents
+
+
+def _check_totals(path: Path, fields: dict, shards: tuple[Shard, ...], documents: np.ndarray) -> None:
+    number, _, tokens = documents.T
+    if not len(documents):
+        raise UserError(f"{path}: the split has no documents; {MEND}")
+    if (np.diff(number) < 0).any() or number[0] != 0 or number[-1] != len(shards) - 1 or (tokens < 2).any():
+        raise UserError(f"{path.parent / 'documents.npy'}: shard numbers or token counts are out of range; {MEND}")
+    per_shard = np.bincount(number, minlength=len(shards)), np.bincount(number, tokens, len(shards)).astype(np.int64)
+    for i, shard in enumerate(shards):
+        if (shard.documents, shard.tokens) != (per_shard[0][i], per_shard[1][i]):
+            raise UserError(f"{path}: {shard.name} has {shard.documents} documents and {shard.tokens} tokens there, "
+                            f"{per_shard[0][i]} and {per_shard[1][i]} in documents.npy; {MEND}")  # fmt: skip
+    if len({shard.name for shard in shards}) != len(shards):
+        raise UserError(f"{path}: a shard is listed twice; {MEND}")
+    for key, total in dict(documents=len(documents), tokens=int(tokens.sum())).items():
+        if fields[key] != total:
+            raise UserError(f"{path}: {key} is {fields[key]}, its shards add up to {total}; {MEND}")
+
+
+def _check_tokenizer(index: Index) -> None:
+    path = index.tokenizer_path
+    if not path.is_file():
+        raise UserError(f"{path}: missing, {index.folder} was tokenised with it; {MEND}")
+    if sha256_of(path) != index.tokenizer_sha256:
+        raise UserError(f"{path}: not the tokenizer that {index.folder} was made with; {MEND}")
+
+
+def _check_size(index: Index, number: int) -> Path:
+    shard = index.shards[number]
+    path = index.folder / shard.name
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {MEND}")
+    if path.stat().st_size != shard.bytes:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}; {MEND}")
+    return path
+
+
+def _check_members(index: Index, number: int, data: np.ndarray) -> None:
+    """Compare the tar with the layout that documents.npy implies: where members lie, their names, sizes and types.
+
+    data (bytes,) uint8. One expected layout leaves no room for a foreign member, a link or a path.
+    """
+    path = index.folder / index.shards[number].name
+    first, last = index.first_document(number), index.first_document(number + 1)
+    offsets, sizes = index.documents[first:last, 1], index.documents[first:last, 2] * index.dtype.itemsize
+    expected = payload_offsets(sizes)
+    if (offsets != expected[:-1]).any():
+        at = first + int(np.argmax(offsets != expected[:-1]))
+        raise UserError(f"{index.folder / 'documents.npy'}: offset of document {at} does not fit {path.name}; {MEND}")
+    if len(data) != -(-(expected[-1] + 2 * HEADER) // RECORD) * RECORD or data[expected[-1] :].any():
+        raise UserError(f"{path}: holds other data after its {last - first} documents; {MEND}")
+    for start in range(0, last - first, 8192):
+        stop = min(start + 8192, last - first)
+        headers = data[(offsets[start:stop] - HEADER)[:, None] + np.arange(HEADER)]
+        names = np.array([member_name(i).encode() for i in range(first + start, first + stop)], "S100")
+        octals = np.array([b"%011o" % size for size in sizes[start:stop]], "S12")
+        right = (
+            (headers[:, :100] == names.view(np.uint8).reshape(-1, 100)).all(1)
+            & (headers[:, 124:136] == octals.view(np.uint8).reshape(-1, 12)).all(1)
+            & (headers[:, 156] == ord("0"))  # a regular file
+            & ~headers[:, 157:257].any(1)  # link name
+            & ~headers[:, 345:500].any(1)  # prefix of the path
+        )
+        if not right.all():
+            at = first + start + int(np.argmin(right))
+            raise UserError(f"{path}: the member of document {at} is not {member_name(at)} with the indexed size; {MEND}")
