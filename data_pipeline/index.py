@@ -69,7 +69,7 @@ class Index:
 
 
 def payload_offsets(sizes: np.ndarray) -> np.ndarray:
-    """Where the payloads of members of these sizes (n,) int64 lie in a tar, plus where the tar's end marks begin: (n + 1,)."""
+    """Where payloads of these sizes (n,) int64 lie in a tar, and behind them where its end marks begin: (n + 1,)."""
     ends = np.cumsum(HEADER + -(-sizes // HEADER) * HEADER)
     return np.concatenate([[0], ends]) + np.append(np.full(len(sizes), HEADER), 0)
 
@@ -152,7 +152,7 @@ def verify_shard(index: Index, number: int) -> None:
 
 
 def open_shard(index: Index, number: int) -> np.ndarray:
-    """Verify shard `number` and map the whole tar as an array of `index.dtype`; a payload at byte b begins at b / itemsize."""
+    """Verify a shard and map its whole tar as an array of `index.dtype`: a payload at byte b begins at b / itemsize."""
     verify_shard(index, number)
     return np.asarray(np.memmap(index.folder / index.shards[number].name, index.dtype, "r"))
 

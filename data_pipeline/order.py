@@ -28,9 +28,9 @@ def permute(i: int, n: int, key: int) -> int:
         low, high = i & low_mask, i >> low_bits
         for r in range(ROUNDS):
             if r % 2:
-                low ^= _mix(high + key + r) & low_mask
+                low ^= _mix(high + key + (r << 56)) & low_mask
             else:
-                high ^= _mix(low + key + r) & high_mask
+                high ^= _mix(low + key + (r << 56)) & high_mask
         i = high << low_bits | low
         if i < n:
             return i

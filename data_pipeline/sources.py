@@ -9,6 +9,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def documents(source: Source) -> Iterator[str]:
 
 def _parse_files(spec: str, split: str, split_documents: str | None, text_key: str) -> Source:
     if re.match(r"\w+:", spec) or "::" in spec:
-        raise UserError(f"--source '{spec}': URLs and commands are refused; give a local path, hf:NAME, wikitext-103 or stdlib")
+        raise UserError(f"--source '{spec}': URLs and commands are refused; give a path, hf:NAME, wikitext-103 or stdlib")
     names = tuple(sorted(name for name in ([spec] if os.path.isfile(spec) else glob.glob(spec)) if os.path.isfile(name)))
     if not names:
         raise UserError(f"--source '{spec}': no such file; give a file or glob, hf:NAME, wikitext-103 or stdlib")
@@ -121,24 +122,16 @@ def _import_datasets():
     return datasets
 
 
-class _reading:
+@contextmanager
+def _reading(spec: str):
     """Turns whatever `datasets` raises while it reads `spec` into a UserError."""
-
-    def __init__(self, spec: str):
-        self.spec = spec
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is None or not issubclass(kind, Exception) or issubclass(kind, UserError):
-            return False
-        if issubclass(kind, ConnectionError):
-            hint = "no network? local files and stdlib need none"
-        else:
-            hint = "check its name, config and contents"
-        reason = (str(error).strip().splitlines() or [kind.__name__])[0][:200]
-        raise UserError(f"--source '{self.spec}': cannot be read ({reason}); {hint}") from error
+    try:
+        yield
+    except Exception as error:
+        network = isinstance(error, ConnectionError)
+        hint = "no network? local files and stdlib need none" if network else "check its name, config and contents"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"--source '{spec}': cannot be read ({reason}); {hint}") from error
 
 
 def _rows(source: Source) -> Iterator[str]:
@@ -167,7 +160,8 @@ def _rows(source: Source) -> Iterator[str]:
             raise UserError(f"--source '{source.spec}': no column '{key}'; pass --text-key, one of {', '.join(batch)}")
         for text in batch[key]:
             if not isinstance(text, str):
-                raise UserError(f"--source '{source.spec}': '{key}' of record {row} is {type(text).__name__}, not text; mend it")
+                kind = type(text).__name__
+                raise UserError(f"--source '{source.spec}': '{key}' of record {row} is {kind}, not text; mend the file")
             yield text
             row += 1
 

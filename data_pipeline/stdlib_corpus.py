@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import sysconfig
 import warnings
@@ -29,21 +30,22 @@ def split_of(name: str) -> str:
     return {0: "validation", 1: "test"}.get(int.from_bytes(digest, "little") % 20, "train")
 
 
-def _named_documents() -> Iterator[tuple[str, str]]:
+@functools.cache  # a few MB, against seconds of parsing for each split
+def _named_documents() -> tuple[tuple[str, str], ...]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise UserError("stdlib: this Python has no pydoc_data.topics; install its full standard library") from None
-    for name in sorted(topics):
-        yield f"topic:{name}", topics[name].strip() + "\n"
+    named = [(f"topic:{name}", text.strip() + "\n") for name, text in topics.items()]
     root = Path(sysconfig.get_paths()["stdlib"])
-    modules = {path.relative_to(root): path for path in root.rglob("*.py")}
-    for relative in sorted(modules, key=Path.as_posix):
-        if not SKIPPED & set(relative.parts):
-            name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            text = _docstrings(modules[relative], name)
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not SKIPPED & set(parts):
+            name = ".".join(parts).removesuffix(".__init__")
+            text = _docstrings(path, name)
             if text:
-                yield f"module:{name}", text
+                named.append((f"module:{name}", text))
+    return tuple(sorted(named))
 
 
 def _docstrings(path: Path, module: str) -> str:

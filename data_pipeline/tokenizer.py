@@ -12,6 +12,13 @@ from serpent_scale.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 
 
+def tokenizer_hash(path: Path) -> str:
+    """Hex sha256 of a tokenizer.json, by which data and checkpoints know it. Raises UserError when there is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer; give a tokenizer.json or train:VOCAB")
+    return sha256_of(path)
+
+
 class Tokenizer:
     """A loaded `tokenizer.json`.
 
@@ -20,8 +27,7 @@ class Tokenizer:
 
     def __init__(self, path: Path):
         """Raises UserError when the file is missing, unreadable or has no <|endoftext|>."""
-        if not path.is_file():
-            raise UserError(f"{path}: no such tokenizer; give a tokenizer.json or train:VOCAB")
+        self.path, self.sha256 = path, tokenizer_hash(path)
         try:
             self._bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -32,17 +38,12 @@ class Tokenizer:
         self._bpe.no_truncation()
         self._bpe.no_padding()
         self._bpe.encode_special_tokens = True  # the characters <|endoftext|> inside a text stay text
-        self.path = path
         self.eot_id = eot_id
         self.vocab_size = max(self._bpe.get_vocab(with_added_tokens=True).values()) + 1
-        self.sha256 = sha256_of(path)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without any mark at its ends; runs on all cores."""
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens are kept visible."""

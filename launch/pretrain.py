@@ -8,7 +8,7 @@ import argparse
 import os
 
 from serpent_scale.config import load_config
-from serpent_scale.errors import UserError, exit_on_user_error
+from serpent_scale.errors import exit_on_user_error
 from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
 from serpent_scale.parallel import processes
 
@@ -35,14 +35,12 @@ def main() -> None:
     from serpent_scale.training.trainer import Trainer, prepare_run_folder  # after start(), which picks DeepSpeed's device
 
     try:
-        processes.on_rank_zero(lambda: prepare_run_folder(config))
+        processes.on_rank_zero(lambda: prepare_run_folder(config.run_folder))
         if ranks.rank == 0:
             print(config.to_yaml(), flush=True)
         trainer = Trainer(config, ranks)
         trainer.resume(args.resume)
         trainer.train()
-    except UserError:
-        raise
     finally:
         processes.stop()
 

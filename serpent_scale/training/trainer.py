@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -39,13 +40,13 @@ class Trainer:
 
         torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
         model = LanguageModel(config.model, config.training.activation_checkpointing).to(device)
-        self.optimizer = build_optimizer(model, config.optimizer, device)
+        self.optimizer = build_optimizer(model, config, device)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=deepspeed_config(config, processes.world_size)
         )
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
-        self.step, self.tokens, self.bad_steps, self.wandb_id = 0, 0, 0, None
+        self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
 
     @property
     def checkpoints(self) -> Path:
@@ -72,7 +73,13 @@ class Trainer:
         """Run to the budget, or to training.stop_at_step."""
         config = self.config
         last = min(config.total_steps, config.training.stop_at_step or config.total_steps)
+        if self.step >= last:
+            if self.processes.rank == 0:
+                print(f"nothing to do: step {self.step} of {last} is reached; raise training.max_steps to go on", flush=True)
+            return
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
+        if self.processes.rank == 0:
+            (config.run_folder / "config.yaml").write_text(config.to_yaml())
         if self.step == 0 and config.evaluation.every:
             self.evaluate()
         while self.step < last:
@@ -177,14 +184,15 @@ class Trainer:
             self.metrics.log(self.step, metrics)
 
 
-def prepare_run_folder(config: Config) -> None:
-    """Make the run's folder and leave the resolved configuration in it. Raises UserError if it cannot be written."""
-    folder = config.run_folder
+def prepare_run_folder(folder: Path) -> None:
+    """Make the run's folder. Raises UserError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
+        writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write the run's folder ({error.strerror}); set run.folder to one that can be") from None
+        raise UserError(f"{folder}: cannot make the run's folder ({error.strerror}); set run.folder to one that can be") from None
+    if not writable:
+        raise UserError(f"{folder}: the run's folder cannot be written; set run.folder to one that can be")
 
 
 def find_checkpoint(where: str, checkpoints: Path) -> Path | None:

@@ -1,0 +1,101 @@
+"""Prepare training data: tokenise sources into shards that the token stream reads.
+
+    python launch/prepare_data.py --source wikitext-103 --tokenizer train:32768 --out data
+    python launch/prepare_data.py --source 'train=corpus/*.jsonl.xz' --source validation=held_out.jsonl \\
+        --tokenizer gpt2/tokenizer.json --out data
+
+Run it again after an interruption and it goes on where it stopped; run it again when it is done and it does nothing.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+
+from data_pipeline.files import write_atomically
+from data_pipeline.shards import SHARD_TOKENS, prepare_split
+from data_pipeline.sources import SPLIT_DOCUMENTS, Source, documents, parse_source
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from serpent_scale.errors import UserError, exit_on_user_error
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", action="append", required=True, metavar="[SPLIT=]SOURCE",
+                        help="wikitext-103, stdlib, hf:OWNER/NAME[:CONFIG], a file or a quoted glob; repeatable. Without "
+                             "SPLIT: all splits of the source, train for files")  # fmt: skip
+    parser.add_argument("--out", required=True, type=Path, help="the data folder, data.path of a run")
+    parser.add_argument("--tokenizer", metavar="train:VOCAB|FILE",
+                        help="a byte-level BPE of VOCAB tokens trained on the train split, or a tokenizer.json; may be left "
+                             "out when OUT has one")  # fmt: skip
+    parser.add_argument("--split-documents", choices=SPLIT_DOCUMENTS,
+                        help="what is a document in a text file: default wikitext for .tokens and .raw, file for .txt")
+    parser.add_argument("--text-key", default="text", help="column that holds the text (default text)")
+    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="at most this many a shard")
+    return parser.parse_args(argv)
+
+
+def group_by_split(arguments: argparse.Namespace) -> dict[str, list[Source]]:
+    splits = {}
+    for text in arguments.source:
+        for source in parse_source(text, arguments.split_documents, arguments.text_key):
+            splits.setdefault(source.split, []).append(source)
+    return splits
+
+
+def provide_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Source]]) -> Tokenizer:
+    """OUT/tokenizer.json, made if it is not there. Raises UserError when it is not the one asked for."""
+    path = out / "tokenizer.json"
+    size = re.fullmatch(r"train:(\d+)", wanted or "")
+    if path.is_file():
+        present = Tokenizer(path)
+        if size and int(size[1]) != present.vocab_size:
+            raise UserError(f"{path}: has {present.vocab_size} tokens, --tokenizer asks for {size[1]}; choose another --out")
+        if wanted and not size and Tokenizer(Path(wanted)).sha256 != present.sha256:
+            raise UserError(f"{path}: is not {wanted}; leave --tokenizer out to use it, or choose another --out")
+        return present
+    if not wanted:
+        raise UserError(f"{path}: no such file; pass --tokenizer train:VOCAB or a tokenizer.json")
+    if size:
+        texts = itertools.chain.from_iterable(map(documents, splits.get("train") or next(iter(splits.values()))))
+        out.mkdir(parents=True, exist_ok=True)
+        return train_tokenizer(texts, int(size[1]), path)
+    given = Tokenizer(Path(wanted))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, given.path.read_bytes())
+    return Tokenizer(path)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.shard_tokens < 1:
+        raise UserError(f"--shard-tokens {arguments.shard_tokens}: must be at least 1")
+    splits = group_by_split(arguments)
+    try:
+        tokenizer = provide_tokenizer(arguments.tokenizer, arguments.out, splits)
+        indexes = []
+        for split, sources in splits.items():
+            wikitext = all(source.style == "wikitext" for source in sources)
+            index, worked = prepare_split(
+                arguments.out / split,
+                itertools.chain.from_iterable(map(documents, sources)),
+                tokenizer,
+                request={"sources": [source.fingerprint() for source in sources]},
+                word_rule="whitespace+line_ends" if wikitext else "whitespace",
+                shard_tokens=arguments.shard_tokens,
+            )
+            if not worked:
+                print(f"{index.folder}: already prepared")
+            indexes.append(index)
+    except OSError as error:
+        where = error.filename or arguments.out
+        raise UserError(f"--out: {where}: {error.strerror or error}; mend that and run again, it will go on") from error
+    print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'shards':>8}{'tokens/byte':>13}")
+    for i in indexes:
+        print(f"{i.split:<12}{i.n_documents:>12,}{i.tokens:>16,}{len(i.shards):>8}{i.tokens / i.bytes:>13.4f}")
+
+
+if __name__ == "__main__":
+    main()

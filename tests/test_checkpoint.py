@@ -1,0 +1,395 @@
+"""Checkpoints: exact resume at every ZeRO stage, and no fault that leaves a run without a whole checkpoint."""
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ranks import Group, run_ranks
+from serpent_scale.checkpoint import manifest, store
+from serpent_scale.errors import UserError
+from toy import build, parameters, toy_config, train
+
+STAGES = (0, 1, 2, 3)
+TEXTS = {"config.yaml": "run: {}\n", "tokenizer.json": "{}"}
+TRAINER = {"tokens": 123, "data": {"sample": 7, "index": "abc"}, "wandb_id": None}
+
+
+def save(engine, checkpoints, step, keep_last=2):
+    return store.save(engine, Path(checkpoints), step, {"step": step, **TRAINER}, TEXTS, keep_last)
+
+
+def random_numbers() -> list:
+    return [torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.normal(), random.random(), random.gauss(0, 1)]
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+    np.random.normal(), random.gauss(0, 1)  # both generators now hold a second value back
+
+
+# Whole checkpoints.
+
+
+def save_and_resume(processes, folder: Path) -> list[dict]:
+    found = []
+    for stage in STAGES:
+        checkpoints, config = folder / f"stage{stage}", toy_config(stage, grad_clip=1.0)
+        engine = build(config, 2)
+        for step in (1, 2):
+            train(engine, step - 1, step, processes)
+            seed_all(10 * step + processes.rank)
+            path = save(engine, checkpoints, step)
+        saved, drawn = parameters(engine), random_numbers()
+        unbroken = train(engine, 2, 5, processes), float(engine.get_global_grad_norm()), parameters(engine)
+
+        seed_all(99)
+        fresh = build(config, 2)
+        assert not equal(parameters(fresh), saved)
+        trainer = store.load(fresh, path)
+        assert trainer == {"step": 2, **TRAINER}
+        assert equal(parameters(fresh), saved) and random_numbers() == drawn
+        resumed = train(fresh, 2, 5, processes), float(fresh.get_global_grad_norm()), parameters(fresh)
+        assert resumed[:2] == unbroken[:2] and equal(resumed[2], unbroken[2]), f"stage {stage}"
+        found.append(saved)
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder with stage0 ... stage3, each with step 1 and 2; the parameters at step 2 by stage)."""
+    folder = tmp_path_factory.mktemp("saved")
+    zero, one = run_ranks(2, save_and_resume, folder)
+    assert all(equal(a, b) for a, b in zip(zero, one))
+    return folder, zero
+
+
+def test_resume_is_bitwise(saved):
+    """The comparisons are in `save_and_resume`; the stages also agree with each other."""
+    for other in saved[1][1:]:
+        for name, value in saved[1][0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_state_of_any_stage(saved, stage):
+    """Also without RANK and WORLD_SIZE, in this one process; against the engine and DeepSpeed's own conversion."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder, expected = saved
+    path = folder / f"stage{stage}" / "step-00000002"
+    state = store.read_full_state(path)
+    assert equal(state, expected[stage] | {"readout.weight": expected[stage]["embedding.weight"]})
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    if stage:
+        assert equal(state, dict(get_fp32_state_dict_from_zero_checkpoint(str(path), tag="state")))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_files(saved, stage):
+    checkpoints = saved[0] / f"stage{stage}"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"], "no `latest`"
+    path = checkpoints / "step-00000002"
+    names = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    state = {name for name in names if name.startswith("state/")}
+    assert names - state == {
+        "config.yaml", "tokenizer.json", "trainer.json", "layout.json", "manifest.json",
+        "rng-00000.safetensors", "rng-00001.safetensors",
+    }, "and no scripts"
+    assert len(state) == (1, 3, 3, 4)[stage] and all(name.endswith(".pt") for name in state)
+    assert (path / "config.yaml").read_text() == TEXTS["config.yaml"]
+    manifest.verify(path)
+    assert store.newest(checkpoints) == (path, [])
+
+
+# Damaged checkpoints.
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    bit = random.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_damage_is_found_and_the_older_is_used(saved, stage, tmp_path):
+    random.seed(stage)
+    shutil.copytree(saved[0] / f"stage{stage}", tmp_path / "c")
+    older, newer = (tmp_path / "c" / f"step-0000000{step}" for step in (1, 2))
+    for file in [path for path in newer.rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        for damage in (truncate, Path.unlink, *[flip_a_bit] * 3):
+            damage(file)
+            found, skipped = store.newest(tmp_path / "c")
+            assert found == older and [path for path, _ in skipped] == [newer], f"{damage} {file}"
+            assert str(file) in skipped[0][1] or file.name == manifest.NAME  # a flipped bit in it may rename a file
+            with pytest.raises(UserError):
+                store.read_full_state(newer)
+            file.write_bytes(content)
+    assert store.newest(tmp_path / "c") == (newer, [])
+
+
+def test_surprises_in_a_folder(saved, tmp_path):
+    path = tmp_path / "c" / "step-00000002"
+    shutil.copytree(saved[0] / "stage1" / path.name, path)
+    extra = path / "state" / "extra.pt"
+    extra.write_text("")
+    with pytest.raises(UserError, match="extra.pt: the manifest does not list it"):
+        manifest.verify(path)
+    extra.unlink()
+    extra.symlink_to(path / "state")
+    with pytest.raises(UserError, match="extra.pt: a link"):
+        manifest.verify(path)
+    extra.unlink()
+    config = path / "config.yaml"
+    shutil.move(config, tmp_path / "config.yaml")
+    config.symlink_to(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="config.yaml: a link"):
+        manifest.verify(path)
+    config.unlink()
+    entries = manifest.read_manifest(path)
+    for name in ("../config.yaml", str(tmp_path / "config.yaml"), "a/../../config.yaml", ""):
+        manifest.write_manifest(path, {**entries, name: entries["config.yaml"]})
+        with pytest.raises(UserError, match="is not allowed"):
+            manifest.verify(path)
+    assert store.newest(tmp_path / "nothing here") == (None, [])
+    assert store.newest(tmp_path / "c")[0] is None
+
+
+# What `load` and `save` refuse, on all ranks and before anything is touched.
+
+
+class Evil:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def poison(path: Path, pattern: str, marker: Path) -> None:
+    """Replace a file of a checkpoint by a pickle that touches `marker`, under a right manifest."""
+    for file in path.glob(pattern):
+        torch.save({"module": {}, "optimizer_state_dict": {"fp32_flat_groups": Evil(marker)}, "evil": Evil(marker)}, file)
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != manifest.NAME]
+    manifest.write_manifest(path, {file.relative_to(path).as_posix(): manifest.hash_file(file) for file in files})
+
+
+def refusal(fn) -> str:
+    try:
+        fn()
+    except UserError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def refused(processes, folder: Path, poisoned: list[Path]) -> list[str]:
+    found = []
+    engine = build(toy_config(1), 2)
+    before = parameters(engine)
+    for path in (folder / "stage3", folder / "stage2", folder / "none"):
+        found.append(refusal(lambda: store.load(engine, path / "step-00000002")))
+    wide = build(toy_config(1), 2, width=7)
+    found.append(refusal(lambda: store.load(wide, folder / "stage1" / "step-00000002")))
+    found.append(refusal(lambda: store.load(engine, folder / "swapped")))
+    assert equal(parameters(engine), before)
+    for path in poisoned:
+        engine = build(toy_config(json.loads((path / "layout.json").read_text())["zero_stage"]), 2)
+        found.append(refusal(lambda: store.load(engine, path)))
+
+    # A rank that cannot write: a limit on its files stands for a full disk.
+    engine, checkpoints = build(toy_config(1), 2), folder / "full"
+    save(engine, checkpoints, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for rank in (0, 1):
+        if processes.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        found.append(refusal(lambda: save(engine, checkpoints, 2)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found.append(refusal(lambda: save(engine, folder / "a file" / "checkpoints", 1)))
+    assert store.newest(checkpoints)[0] == checkpoints / "step-00000001"
+    save(engine, checkpoints, 2)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+    return found
+
+
+def refused_alone(processes, folder: Path) -> str:
+    return refusal(lambda: store.load(build(toy_config(1, world_size=1), 1), folder / "stage1" / "step-00000002"))
+
+
+def test_refusals(saved, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(saved[0], folder)
+    (folder / "a file").write_text("")
+    swapped = folder / "swapped"  # same names and shapes, other order in the flat buffers
+    shutil.copytree(folder / "stage1" / "step-00000002", swapped)
+    layout = json.loads((swapped / "layout.json").read_text())
+    layout["groups"][0].reverse()
+    (swapped / "layout.json").write_text(json.dumps(layout))
+    poison(swapped, "nothing", tmp_path)
+    poisoned = []
+    for stage, pattern in ((0, "state/mp*"), (1, "state/mp*"), (1, "state/*rank_1*optim*"), (2, "state/*rank_0*optim*"),
+                           (3, "state/*rank_1*model*"), (3, "state/*rank_0*optim*")):
+        poisoned.append(folder / f"poisoned{len(poisoned)}")
+        shutil.copytree(folder / f"stage{stage}" / "step-00000002", poisoned[-1])
+        poison(poisoned[-1], pattern, tmp_path / "executed")
+        manifest.verify(poisoned[-1])
+
+    zero, one = run_ranks(2, refused, folder, poisoned)
+    assert zero == one, "all ranks say the same"
+    stage3, stage2, missing, wide, reordered, *rest = zero
+    assert stage3.endswith("saved at ZeRO stage 3, this run is at 1; set training.zero_stage=3")
+    assert stage2.endswith("set training.zero_stage=2")
+    assert "manifest.json: missing, so step-00000002 is not a whole checkpoint" in missing
+    assert "parameter conv_weight is [6, 4] in it and [7, 4] in this model" in wide
+    assert "grouped or ordered otherwise" in reordered
+    evil, full, unwritable = rest[:6], rest[6:8], rest[8]
+    assert all("refused, it holds more than tensors" in message for message in evil)
+    assert all("checkpoint cannot be written" in message and "free space" in message for message in full)
+    assert "a file" in unwritable and "cannot be written" in unwritable
+
+    for path in [poisoned[i] for i in (0, 1, 5)]:
+        assert "refused, it holds more than tensors" in refusal(lambda: store.read_full_state(path))
+    assert not (tmp_path / "executed").exists()
+    with open(poisoned[0] / "state" / "mp_rank_00_model_states.pt", "wb") as file:  # the other format torch.load knows
+        pickle.dump(Evil(tmp_path / "executed"), file)
+    poison(poisoned[0], "nothing", tmp_path)
+    refusal(lambda: store.read_full_state(poisoned[0]))
+    assert not (tmp_path / "executed").exists()
+    (message,) = run_ranks(1, refused_alone, folder)
+    assert "saved by 2 ranks, this run has 1; start it on 2 devices (deepspeed --num_gpus 2)" in message
+
+
+# Crashes while saving.
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing of ours handles it."""
+
+
+def crash_everywhere(processes, folder: Path) -> int:
+    """Crash at the first, second, ... change to the disk of a save, until a save needs no more; how many."""
+    engine = build(toy_config(1, world_size=1), 1)
+    countdown = [10**9]
+
+    def counted(fn):
+        def wrapped(*args, **kwargs):
+            countdown[0] -= 1
+            if countdown[0] < 0:
+                raise Crash
+            return fn(*args, **kwargs)
+
+        return wrapped
+
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"),
+                        (Path, "write_text"), (Path, "write_bytes")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    crashes = {}
+    for case in ("new step", "same step"):
+        checkpoints, step = folder / case, 3
+        for first in (1, 2, 3):
+            save(engine, checkpoints, first)
+        while True:
+            names = {path.name for path in checkpoints.iterdir()}
+            assert len(names) <= 4, names  # leftovers do not pile up
+            step += case == "new step"
+            countdown[0] = crashes[case] = crashes.get(case, -1) + 1
+            try:
+                save(engine, checkpoints, step)
+                countdown[0] = 10**9
+                break
+            except Crash:
+                countdown[0] = 10**9
+                found, skipped = store.newest(checkpoints)
+                assert found is not None and not skipped, (skipped, crashes)
+                store.load(engine, found)
+        names = sorted(path.name for path in checkpoints.iterdir())
+        assert len(names) == 2 and names[-1] == store.folder_name(step), names
+    return crashes
+
+
+def test_a_crash_at_any_moment_leaves_the_newest_whole(tmp_path):
+    (crashes,) = run_ranks(1, crash_everywhere, tmp_path)
+    assert min(crashes.values()) > 20, crashes
+
+
+def prune_around_damage(processes, folder: Path) -> None:
+    engine = build(toy_config(0, world_size=1), 1)
+    for step in (10, 20, 30, 40):
+        save(engine, folder, step, keep_last=3)
+    for step in (30, 40):
+        (folder / store.folder_name(step) / "trainer.json").unlink()
+    path, skipped = store.newest(folder)
+    assert path.name == "step-00000020" and len(skipped) == 2
+    assert save(engine, folder, 25, keep_last=2).name == "step-00000025"
+    assert sorted(p.name for p in folder.iterdir()) == [store.folder_name(step) for step in (20, 25, 30, 40)]
+    assert store.newest(folder)[0].name == "step-00000025"
+    save(engine, folder, 30, keep_last=2)  # takes the place of the damaged one
+    assert sorted(p.name for p in folder.iterdir()) == [store.folder_name(step) for step in (25, 30, 40)]
+    assert store.newest(folder)[0].name == "step-00000030"
+    save(engine, folder, 123456789, keep_last=2)
+    assert store.newest(folder)[0].name == "step-123456789"
+
+
+def test_pruning_never_removes_the_newest_whole_one(tmp_path):
+    run_ranks(1, prune_around_damage, tmp_path)
+
+
+def save_for_ever(processes, folder: Path, digests: Path) -> None:
+    """Train and save until killed; the digest of a step must be the same each time it is reached."""
+    engine, step = build(toy_config(1), 2), 0
+    path, _ = store.newest(folder)
+    if path is not None:
+        step = store.load(engine, path)["step"]
+    while True:
+        train(engine, step, step + 1, processes)
+        step += 1
+        digest = sum(value.double().sum().item() for value in parameters(engine).values())
+        if processes.rank == 0:
+            known = digests / str(step)
+            assert not known.exists() or float(known.read_text() or digest) == digest, f"step {step} came out otherwise"
+            known.write_text(repr(digest))
+        save(engine, folder, step)
+
+
+def test_kills_at_random_moments(tmp_path):
+    folder, digests = tmp_path / "checkpoints", tmp_path / "digests"
+    digests.mkdir()
+    random.seed(0)
+    last = 0
+    for kill in range(6):
+        group = Group(2, save_for_ever, folder, digests)
+        deadline = time.monotonic() + 60
+        while not (folder / store.folder_name(last + 1)).exists():
+            assert time.monotonic() < deadline and any(p.is_alive() for p in group.ranks), "no progress"
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))
+        group.kill(rank=None if kill % 2 else random.randrange(2))
+        time.sleep(0.05)
+        group.kill()
+        for process in group.ranks:
+            process.join()
+        found, skipped = store.newest(folder)
+        assert found is not None and not skipped, skipped
+        state = store.read_full_state(found)
+        state.pop("readout.weight")
+        last = int(found.name[5:])
+        digest = sum(state[name].double().sum().item() for name in ("A_log", "conv_weight", "embedding.weight", "linear.weight",
+                                                                    "linear.bias"))
+        assert digest == pytest.approx(float((digests / str(last)).read_text()), rel=1e-12)

@@ -1,0 +1,66 @@
+"""On a CUDA device: the same numbers as on the CPU, causality to the bit, and no device-to-host sync in a pass."""
+import numpy as np
+import pytest
+import torch
+
+from serpent_scale.config import ModelConfig, SerpentConfig
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.language_model import LanguageModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+LENGTHS = (300, 3, 210)
+
+
+def small():
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=4, serpent=SerpentConfig(band=2.0)))
+    for name, parameter in model.named_parameters():
+        if "clock_weight" in name or "readout_basis" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batch(device="cpu"):
+    tokens = torch.randint(0, 97, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    reset = torch.zeros_like(tokens, dtype=torch.bool)
+    reset[:, np.cumsum((0,) + LENGTHS[:-1])] = True
+    return tokens.to(device), Documents(reset, (LENGTHS,) * 2).to(device)
+
+
+def test_loss_and_gradients_equal_the_cpu_in_float64():
+    results = []
+    for device in ("cpu", "cuda"):
+        model = small().double().to(device)
+        tokens, documents = batch(device)
+        loss, _ = model(tokens, documents, tokens)
+        loss.backward()
+        results.append([loss.detach().cpu()] + [p.grad.cpu() for p in model.parameters()])
+    for cpu, cuda in zip(*results):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_logits_before_a_changed_token_do_not_move_by_a_bit(precision):
+    model = small().cuda()
+    tokens, documents = batch("cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+        logits, _ = model(tokens, documents)
+        for t in (1, 299, 300, 303, 400, 512):
+            changed = tokens.clone()
+            changed[:, t:] = torch.randint_like(changed[:, t:], 97)
+            assert torch.equal(model(changed, documents)[0][:, :t], logits[:, :t])
+
+
+def test_a_training_pass_never_waits_for_the_device():
+    model = small().cuda()
+    tokens, documents = batch("cuda")
+    for checked in (False, True):  # the first pass may initialise libraries
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if checked else "default")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, _ = model(tokens, documents, tokens)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
