@@ -34,7 +34,7 @@ def run(title: str, *command: str, capture: bool = False) -> str:
 
 
 def pretrain(title: str, *arguments: str) -> None:
-    run(title, "deepspeed", "--num_gpus", str(RANKS), "launch/pretrain.py", "--config", CONFIG, *arguments)
+    run(title, "deepspeed", "--log_level", "warning", "--num_gpus", str(RANKS), "launch/pretrain.py", "--config", CONFIG, *arguments)
 
 
 def evaluate(title: str, checkpoint: Path) -> dict:

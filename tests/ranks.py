@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import socket
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 # For the server and all ranks, whatever the machine has. Before anything imports DeepSpeed.
 os.environ["DS_ACCELERATOR"] = "cpu"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "deepspeed"])
+CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch._inductor.compile_fx"])  # the last on first use
 
 
 class Group:
@@ -39,7 +38,7 @@ class Group:
     def kill(self, rank: int | None = None) -> None:
         """SIGKILL one rank, or all."""
         for process in self.ranks if rank is None else [self.ranks[rank]]:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
 
     def join(self, timeout: float = 120) -> list:
         """What each rank returned. Fails the test when one of them failed, was killed, or is not done in time."""

@@ -62,7 +62,8 @@ def probe_stage(processes, stage: int) -> dict:
     assert stage == 0 or set(engine.optimizer.ipg_buckets) == {torch.float32}, "gradients are reduced in fp32"
     moments = [s["exp_avg"].dtype for s in (engine.optimizer if stage == 0 else engine.optimizer.optimizer).state.values()]
     assert moments and set(moments) == {torch.float32}
-    train(engine, 1, 4, processes)
+    engine = build(toy_config(stage, precision="bf16"), 2)
+    train(engine, 0, 4, processes)
     found["bf16"] = parameters(engine), float(engine.get_global_grad_norm())
     return found
 
@@ -76,9 +77,9 @@ def probed():
     return run_ranks(2, probe_all_stages)
 
 
-def close(found, expected, tolerance, norm_tolerance=1e-5):
+def close(found, expected, tolerance):
     (parameters, norm), (expected_parameters, expected_norm) = found, expected
-    assert norm == pytest.approx(expected_norm, rel=norm_tolerance)
+    assert norm == pytest.approx(expected_norm, rel=tolerance)
     for name, p in expected_parameters.items():
         torch.testing.assert_close(parameters[name], p, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
@@ -102,8 +103,11 @@ def test_bf16_is_autocast_over_fp32_parameters(probed, stage):
     for rank in probed:
         for name, change in rank[stage]["decayed"].items():
             assert change == pytest.approx(0 if name in RAW else 0.01 * 0.1, rel=1e-2), name
-        # The same at all stages but for bf16 rounding: stage 3 has its own Linear, which adds the bias a step later.
-        close(rank[stage]["bf16"], probed[0][0]["bf16"], 1e-3, norm_tolerance=1e-2)
+        # The same at all stages but for bf16 rounding: stage 3 has its own Linear, which rounds once more.
+        (found, norm), (expected, expected_norm) = rank[stage]["bf16"], torch_reference([0, 1, 2, 3], 0.0)
+        assert norm == pytest.approx(expected_norm, rel=3e-2)
+        for name, p in expected.items():
+            assert (found[name] - p).norm() < 0.02 * p.norm(), name
 
 
 def test_settings():

@@ -12,7 +12,9 @@ from serpent_scale.errors import UserError
 from serpent_scale.parallel import processes
 
 ROOT = Path(__file__).parents[1]
-SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[0-1]"}
+SLURM = {
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[0-1]"
+}
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[0-1]"}
 
 
@@ -64,7 +66,7 @@ def test_launchers(tmp_path):
     runs = {
         "python": [start([sys.executable, script])],
         "deepspeed": [start([deepspeed, "--num_gpus", "2", "--master_port", "29742", script])],
-        "srun": [start([sys.executable, script], **{**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in (0, 1)],
+        "srun": [start([sys.executable, script], **{**slurm, "SLURM_PROCID": i, "SLURM_LOCALID": i}) for i in "01"],
     }
     outputs = {name: [run.communicate(timeout=100) for run in started] for name, started in runs.items()}
     lines = {name: sorted("".join(out for out, _ in pairs).splitlines()) for name, pairs in outputs.items()}

@@ -134,12 +134,12 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(workplace):
     (["data.path=/nowhere"], ["/nowhere"]),
     (["run.folder=/proc/nope"], ["/proc/nope", "run.folder"]),
     (["--resume", "none", "run.folder=WHOLE"], ["--resume auto", "run.name"]),
-    (["run.folder=WHOLE", "model.d_model=48"], ["embedding.weight", "48"]),
-    (["run.folder=WHOLE"], ["world", "2"]),
+    (["run.folder=ALONE", "model.d_model=48"], ["embedding.weight", "48"]),
+    (["run.folder=WHOLE"], ["saved by 2 ranks", "--num_gpus 2"]),
 ])
 def test_bad_input_ends_in_one_line_and_writes_nothing(workplace, arguments, words):
     base = [] if "configs/nothing.yaml" in arguments else ["--config", str(config(workplace, "bad"))]
-    arguments = [a.replace("WHOLE", str(workplace / "whole")) for a in arguments]
+    arguments = [a.replace("WHOLE", str(workplace / "whole")).replace("ALONE", str(workplace / "alone")) for a in arguments]
     checkpoints = sorted((workplace / "whole" / "run" / "checkpoints").rglob("*"))
     done = launch("pretrain.py", *base, *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

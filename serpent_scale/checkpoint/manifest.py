@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']} is not {FORMAT}; use the version that wrote it")
-        entries = {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
+        entries = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UserError(f"{path}: not a readable manifest; {MEND}") from None
     for name in entries:

@@ -165,7 +165,7 @@ def read_full_state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _folders(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, checkpoint folder), oldest first. `.old` is the former checkpoint of a step whose replacement never took its place."""
+    """(step, checkpoint folder), oldest first. An `.old` one counts if its replacement never took its place."""
     if not checkpoints.is_dir():
         return []
     found = {}
@@ -277,7 +277,7 @@ def _load_tensors(file: Path, mmap: bool = False) -> dict:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{file}: refused, it holds more than tensors and plain values; do not use this checkpoint") from None
+        raise UserError(f"{file}: refused, it holds more than tensors and plain values; do not use it") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); {manifest.MEND}") from None
 
@@ -316,13 +316,13 @@ def _check_layout(engine, path: Path, world_size: int) -> None:
     for name in [*theirs, *ours]:
         if theirs.get(name) != ours.get(name):
             raise UserError(
-                f"{path}: parameter {name} is {theirs.get(name, 'absent')} in it and {ours.get(name, 'absent')} in this model; "
-                f"use the model section of {path / 'config.yaml'}"
+                f"{path}: parameter {name} is {theirs.get(name, 'absent')} in it and {ours.get(name, 'absent')} in this "
+                f"model; use the model section of {path / 'config.yaml'}"
             )
     if saved["groups"] != own["groups"] or saved["tied"] != own["tied"]:
         raise UserError(
-            f"{path}: its parameters are grouped or ordered otherwise than this run's; use the version of the code that wrote "
-            f"it, and the deepspeed section of {path / 'config.yaml'}"
+            f"{path}: its parameters are grouped or ordered otherwise than this run's; use the version of the code that "
+            f"wrote it, and the deepspeed section of {path / 'config.yaml'}"
         )
 
 

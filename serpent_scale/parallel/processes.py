@@ -65,7 +65,9 @@ def rank_variables(env) -> dict[str, str]:
         needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in needed if name not in env]
         if missing:
-            raise UserError(f"{given[0]} is set but not {', '.join(missing)}; start with deepspeed, torchrun or srun, or unset it")
+            raise UserError(
+                f"{given[0]} is set but not {', '.join(missing)}; start with deepspeed, torchrun or srun, or unset it"
+            )
         return {name: env[name] for name in needed}
     # A batch script has SLURM_PROCID and SLURM_NTASKS too; only a task that srun started has the size of its step.
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
@@ -90,7 +92,9 @@ def _first_slurm_host(env) -> str:
 
 def stop() -> None:
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
 
 
 def barrier() -> None:
@@ -111,7 +115,7 @@ def broadcast_object(obj: Any) -> Any:
 
 
 def on_rank_zero(fn: Callable[[], Any]) -> Any:
-    """Run `fn` on rank 0; its result on every rank. If it fails, every rank raises: the same UserError, or a RuntimeError."""
+    """Run `fn` on rank 0; its result on every rank. If it fails, all raise: the same UserError, or a RuntimeError."""
     rank = torch.distributed.get_rank()
     result, error = _attempt(fn) if rank == 0 else (None, None)
     result, failure = broadcast_object((result, _describe(error)))

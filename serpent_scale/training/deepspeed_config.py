@@ -55,7 +55,7 @@ def merge(settings: dict, passed: dict, prefix: str = "") -> dict:
             raise UserError(f"deepspeed.{path} is refused: it follows from the rest; {DERIVED[path]}")
         if isinstance(settings.get(key), dict):
             if not isinstance(value, dict):
-                raise UserError(f"deepspeed.{path}={value} is not allowed; it is a section, for example {path}: {{key: value}}")
+                raise UserError(f"deepspeed.{path}={value} is not allowed; it is a section: {path}: {{key: value}}")
             merged[key] = merge(settings[key], value, f"{path}.")
         else:
             merged[key] = deepcopy(value)

@@ -1,0 +1,168 @@
+"""Where a run's figures go: `metrics.jsonl` always, the terminal, and Weights & Biases if asked. Rank 0 only.
+
+metrics.jsonl holds one object per line with `kind` (train or evaluation) and `step`. A resumed run first moves the lines of
+steps it will take again to `metrics.superseded.jsonl`: the file is one history without forks.
+"""
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from serpent_scale.config import LoggingConfig
+
+NAME = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics file; one that a killed run left unfinished is skipped."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+class Metrics:
+    def __init__(
+        self, run_folder: Path, logging: LoggingConfig, total_steps: int, start_step: int, config_yaml: str,
+        wandb_id: str | None = None,
+    ):
+        self.every, self.total_steps, self.wandb_id = logging.every, total_steps, wandb_id
+        path = Path(run_folder) / NAME
+        _supersede(path, start_step)
+        self._file = open(path, "a")
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        self._started, self._start_step = time.monotonic(), start_step
+        self._wandb = _Wandb(run_folder, logging, config_yaml, wandb_id) if logging.wandb else None
+        if self._wandb:
+            self.wandb_id = self._wandb.id
+
+    def log(self, step: int, values: dict) -> None:
+        """A training step: loss, grad_norm, lr, tokens_per_second, mfu, memory_gib, tokens, data_seconds, ..."""
+        self._write("train", step, values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(_short(values), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self.every == 0 or step in (1, self.total_steps):
+            remaining = (self.total_steps - step) * (time.monotonic() - self._started) / max(1, step - self._start_step)
+            self._say(f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}  {_short(values)}  ETA {_clock(remaining)}")
+
+    def log_evaluation(self, step: int, values: dict) -> None:
+        self._write("evaluation", step, values)
+        self._say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        if self._wandb:
+            self._wandb.close()
+
+    def _write(self, kind: str, step: int, values: dict) -> None:
+        finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(kind, step, values)
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def _supersede(path: Path, start_step: int) -> None:
+    """Leave only whole lines of steps up to start_step in the file."""
+    if not path.exists():
+        return
+    keep, move = [], []
+    for line in read_metrics(path):
+        # The evaluation of step start_step came before its checkpoint; at step 0 there is none, all will be made again.
+        keeps = start_step > 0 and line["step"] <= start_step
+        (keep if keeps else move).append(json.dumps(line) + "\n")
+    if move:
+        with open(path.with_name("metrics.superseded.jsonl"), "a") as file:
+            file.writelines(move)
+    staging = path.with_suffix(".partial")
+    with open(staging, "w") as file:
+        file.writelines(keep)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.rename(path)
+
+
+def _short(values: dict) -> str:
+    parts = [f"loss {values['loss']:.4f}", f"norm {values['grad_norm']:.3f}", f"lr {values['lr']:.2e}",
+             f"{values['tokens_per_second']:,.0f} tok/s"]
+    if values.get("mfu") is not None:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("memory_gib") is not None:
+        parts.append(f"{values['memory_gib']:.1f} GiB")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _has_api_key() -> bool:
+    try:
+        return bool(os.environ.get("WANDB_API_KEY")) or netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class _Wandb:
+    """Weights & Biases on our own step axis. Whatever goes wrong in it is a warning: logging never ends training."""
+
+    def __init__(self, run_folder: Path, logging: LoggingConfig, config_yaml: str, run_id: str | None):
+        self._run, self.id = None, run_id
+        try:
+            import wandb
+            import yaml
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_api_key() else "offline")
+            self.id = run_id or secrets.token_hex(4)
+            self._run = wandb.init(
+                project=logging.wandb_project, name=Path(run_folder).name, id=self.id, resume="allow", mode=mode,
+                dir=str(run_folder), config=yaml.safe_load(config_yaml),
+            )
+            # wandb's own step only rises: a replay after a resume would be dropped or fork the curve.
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, kind: str, step: int, values: dict) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log({"step": step, **{f"{kind}/{key}": value for key, value in values.items()}})
+        except Exception as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        try:
+            if self._run is not None:
+                self._run.finish()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"warning: Weights & Biases stopped ({reason}); metrics.jsonl goes on", file=sys.stderr, flush=True)
