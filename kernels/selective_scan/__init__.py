@@ -1,5 +1,16 @@
 """Selective scan of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2): h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t.
-`selective_scan` chooses the implementation; `reference.py` is the sequential meaning, `chunked.py` the PyTorch form in use."""
-from .chunked import selective_scan
+`reference.py` is the sequential meaning, `chunked.py` the PyTorch form, `triton.py` and `gluon.py` the GPU's."""
+import torch
+
+from . import chunked
 
 __all__ = ["selective_scan"]
+
+
+def selective_scan(x, *arguments, **named):
+    """`chunked.selective_scan`, by the kernels of `triton.py` for float32, bfloat16 and float16 on a GPU."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from . import triton
+
+        return triton.selective_scan(x, *arguments, **named)
+    return chunked.selective_scan(x, *arguments, **named)

@@ -1,0 +1,481 @@
+"""The selective scan in Gluon, Triton's lower-level language: one warp walks time with its states in registers.
+
+Legend: B batch, L tokens, D channels, N states, T tokens of a tile, S segments of time, BD channels of a program.
+A tile's inputs come from global memory as vectors, a tile ahead; per-token values (dt, dt x, ...) go through shared memory, where the
+walk reads them by broadcast. Nothing but the states is carried from token to token. `triton.py` holds the host side and a
+plain-Triton twin.
+"""
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+CUT = gl.constexpr(3e38)  # a step so long that nothing is left of the state: exp2(CUT * A) = 0
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _softplus(v, e):
+    """log(1 + exp(v)), with e = exp(-|v|) in [0, 1]: log1p by a polynomial fitted on [0, 1], relative error 2e-7."""
+    p = 0.005253457929939032 * e - 0.02958850748836994
+    p = p * e + 0.07836166769266129
+    p = p * e - 0.13674770295619965
+    p = p * e + 0.19111430644989014
+    p = p * e - 0.24844369292259216
+    p = p * e + 0.33319270610809326
+    p = p * e - 0.49999502301216125
+    p = p * e + 1.0
+    return gl.maximum(v, 0.0) + p * e
+
+
+@gluon.jit
+def _pointers(base, first, stride, rows, cols):
+    """To rows first..first+T of a token-major matrix: computed once, then moved by T * stride from tile to tile."""
+    return base + first.to(gl.int64) * stride + (gl.expand_dims(rows, 1) * stride + gl.expand_dims(cols, 0))
+
+
+@gluon.jit
+def _inside(rows, first, last, col_ok, FULL: gl.constexpr):
+    """(T, BD) or (T, 1): what of the tile at token `first` lies in the segment."""
+    ok = gl.expand_dims(first + rows < last, 1)
+    if not FULL:
+        ok = ok & gl.expand_dims(col_ok, 0)
+    return ok
+
+
+@gluon.jit
+def _flags(base, first, last, rows):
+    return gl.load(base + first + rows, mask=first + rows < last, other=0) != 0
+
+
+@gluon.jit
+def _steps(dt_raw, bias, first, last, rows, flags_at, RESET, LIVE, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr):
+    """(dt, step of the decay, slope of softplus), (T, BD) each: dt is 0 where a token does not count, and the decay's step is CUT
+    where the state before the token is dropped."""
+    v = dt_raw.to(gl.float32) + gl.expand_dims(bias, 0)
+    e = _exp2(-LOG2E * gl.abs(v))
+    slope = gl.where(v >= 0.0, 1.0, e) * _reciprocal(1.0 + e)
+    counts = first + rows < last
+    if HAS_LIVE:
+        counts = counts & _flags(LIVE + flags_at, first, last, rows)
+    dt = gl.where(gl.expand_dims(counts, 1), _softplus(v, e), 0.0)
+    slope = gl.where(gl.expand_dims(counts, 1), slope, 0.0)
+    decay = dt
+    if HAS_RESET:
+        decay = gl.where(gl.expand_dims(_flags(RESET + flags_at, first, last, rows), 1), CUT, dt)
+    return dt, decay, slope
+
+
+@gluon.jit
+def _advance(h, a2, decay_t, input_t, b_t):
+    """The recurrence: h (BD, N), decay_t and input_t = dt x (BD,), b_t (N,)."""
+    return h * _exp2(gl.expand_dims(decay_t, 1) * a2) + gl.expand_dims(input_t, 1) * gl.expand_dims(b_t, 0)
+
+
+@gluon.jit
+def _prefix(start, A2, LOCAL, SPAN, b, s, S, D, N, d, off, ok, ok2):
+    """The state before segment s: what the segments before it leave, from the state `start`."""
+    h = start
+    for j in range(0, s):
+        span = gl.load(SPAN + (b * S + j) * D + d, mask=ok, other=0.0)
+        h = h * _exp2(A2 * gl.expand_dims(span, 1)) + gl.load(LOCAL + (b * S + j) * D * N + off, mask=ok2, other=0.0)
+    return h
+
+
+@gluon.jit
+def _suffix(start, A2, LOCAL, SPAN, b, s, S, D, N, d, off, ok, ok2):
+    """The gradient of the state after segment s: what the segments behind it ask for, `start` being that of the final state."""
+    g = start
+    for i in range(0, S - 1 - s):
+        j = S - 1 - i
+        span = gl.load(SPAN + (b * S + j) * D + d, mask=ok, other=0.0)
+        g = g * _exp2(A2 * gl.expand_dims(span, 1)) + gl.load(LOCAL + (b * S + j) * D * N + off, mask=ok2, other=0.0)
+    return g
+
+
+@gluon.jit
+def scan_forward(
+    X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+    L, D, S, SEGMENT, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t,
+    N: gl.constexpr, NL: gl.constexpr, T: gl.constexpr, U: gl.constexpr, KEEP: gl.constexpr, LOCAL_PASS: gl.constexpr,
+    HAS_H0: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """One segment of BD = 32 / NL channels: NL lanes share a channel, N / NL states each.
+
+    LOCAL_PASS: only the state the segment leaves when it starts from 0, and the sum of its steps. FULL: D divides by BD.
+    """
+    BD: gl.constexpr = 32 // NL
+    state: gl.constexpr = gl.BlockedLayout([1, N // NL], [BD, NL], [1, 1], [1, 0])
+    by_channel: gl.constexpr = gl.SliceLayout(1, state)
+    by_state: gl.constexpr = gl.SliceLayout(0, state)
+    tile: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BD, BD // 4], [1, 1], [1, 0])
+    narrow: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
+    by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    d0 = gl.program_id(0) * BD
+    b = gl.program_id(1).to(gl.int64)
+    s = gl.program_id(2)
+    d = d0 + gl.arange(0, BD, layout=by_channel)
+    off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
+    d_ok, ok2 = d < D, off < D * N
+    a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
+    rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
+    brows, bcols = gl.arange(0, T, layout=gl.SliceLayout(1, narrow)), gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
+    col_ok = d0 + cols < D
+    bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
+
+    h = gl.full([BD, N], 0.0, gl.float32, state)
+    if not LOCAL_PASS:
+        if HAS_H0:
+            h = gl.load(H0 + b * D * N + off, mask=ok2, other=0.0)
+        h = _prefix(h, a2, LOCAL, SPAN, b, s, S, D, N, d, off, d_ok, ok2)
+    span = gl.full([BD], 0.0, gl.float32, by_channel)
+
+    decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    input_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    y_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    b_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
+    c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
+
+    first = s * SEGMENT
+    last = gl.minimum(first + SEGMENT, L)
+    x_p = _pointers(X + b * sx_b + d0, first, sx_t, rows, cols)
+    dt_p = _pointers(DT + b * sd_b + d0, first, sd_t, rows, cols)
+    z_p = _pointers(Z + b * sz_b + d0, first, sz_t, rows, cols)
+    b_p = _pointers(Bm + b * sb_b, first, sb_t, brows, bcols)
+    c_p = _pointers(C + b * sc_b, first, sc_t, brows, bcols)
+    y_p = _pointers(Y + b * L * D + d0, first, D, rows, cols)
+    states_p = STATES + (b * ((L + KEEP - 1) // KEEP) + first // KEEP) * D * N + off
+    flags_at = b * L
+
+    ok, b_ok = _inside(rows, first, last, col_ok, FULL), gl.expand_dims(first + brows < last, 1)
+    x_next, dt_next = gl.load(x_p, mask=ok, other=0.0), gl.load(dt_p, mask=ok, other=0.0)
+    b_next = gl.load(b_p, mask=b_ok, other=0.0)
+    if not LOCAL_PASS:
+        z_next, c_next = gl.load(z_p, mask=ok, other=0.0), gl.load(c_p, mask=b_ok, other=0.0)
+    for t0 in range(first, last, T):
+        x = x_next.to(gl.float32)
+        dt, decay, _ = _steps(dt_next, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+        decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay)
+        input_s._reinterpret(gl.float32, [T, BD], whole).store(dt * x)
+        b_s._reinterpret(gl.float32, [T, N], whole).store(b_next.to(gl.float32))
+        if not LOCAL_PASS:
+            z = z_next.to(gl.float32)
+            c_s._reinterpret(gl.float32, [T, N], whole).store(c_next.to(gl.float32))
+        # The next tile is on its way while this one is walked.
+        out_ok = ok
+        ok, b_ok = _inside(rows, t0 + T, last, col_ok, FULL), gl.expand_dims(t0 + T + brows < last, 1)
+        x_p += T * sx_t
+        dt_p += T * sd_t
+        b_p += T * sb_t
+        x_next, dt_next = gl.load(x_p, mask=ok, other=0.0), gl.load(dt_p, mask=ok, other=0.0)
+        b_next = gl.load(b_p, mask=b_ok, other=0.0)
+        if not LOCAL_PASS:
+            z_p += T * sz_t
+            c_p += T * sc_t
+            z_next, c_next = gl.load(z_p, mask=ok, other=0.0), gl.load(c_p, mask=b_ok, other=0.0)
+            if t0 % KEEP == 0:
+                gl.store(states_p, h, mask=ok2)
+                states_p += D * N
+        for t1 in range(0, T, U):
+            for u in gl.static_range(U):
+                decay_t, input_t = decay_s.index(t1 + u).load(by_channel), input_s.index(t1 + u).load(by_channel)
+                h = _advance(h, a2, decay_t, input_t, b_s.index(t1 + u).load(by_state))
+                if LOCAL_PASS:
+                    span += decay_t
+                else:
+                    y_s.index(t1 + u).store(gl.sum(h * gl.expand_dims(c_s.index(t1 + u).load(by_state), 0), 1))
+        if not LOCAL_PASS:
+            y = y_s._reinterpret(gl.float32, [T, BD], whole).load(tile) + gl.expand_dims(skip, 0) * x
+            z = gl.where(z == 0.0, 1e-30, z)  # the backward pass divides by silu(z)
+            y = y * (z * _reciprocal(1.0 + _exp2(-LOG2E * z)))
+            gl.store(y_p, y.to(Y.dtype.element_ty), mask=out_ok)
+            y_p += T * D
+    if LOCAL_PASS:
+        gl.store(LOCAL + (b * S + s) * D * N + off, h, mask=ok2)
+        gl.store(SPAN + (b * S + s) * D + d, span, mask=d_ok)
+    else:
+        if s == S - 1:
+            gl.store(FINAL + b * D * N + off, h, mask=ok2)
+
+
+@gluon.jit
+def scan_gradient_state(
+    DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
+    L, D, S, SEGMENT, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t,
+    N: gl.constexpr, NL: gl.constexpr, T: gl.constexpr, U: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
+    FULL: gl.constexpr,
+):  # fmt: skip
+    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps."""
+    BD: gl.constexpr = 32 // NL
+    state: gl.constexpr = gl.BlockedLayout([1, N // NL], [BD, NL], [1, 1], [1, 0])
+    by_channel: gl.constexpr = gl.SliceLayout(1, state)
+    by_state: gl.constexpr = gl.SliceLayout(0, state)
+    tile: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BD, BD // 4], [1, 1], [1, 0])
+    narrow: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
+    by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    d0 = gl.program_id(0) * BD
+    b = gl.program_id(1).to(gl.int64)
+    s = gl.program_id(2) + 1  # nothing stands before the first segment
+    d = d0 + gl.arange(0, BD, layout=by_channel)
+    off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
+    d_ok, ok2 = d < D, off < D * N
+    a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
+    rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
+    brows, bcols = gl.arange(0, T, layout=gl.SliceLayout(1, narrow)), gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
+    col_ok = d0 + cols < D
+    bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+
+    decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    dy_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
+    carry = gl.full([BD, N], 0.0, gl.float32, state)
+    span = gl.full([BD], 0.0, gl.float32, by_channel)
+
+    first = s * SEGMENT
+    last = gl.minimum(first + SEGMENT, L)
+    tiles = (last - first + T - 1) // T
+    t0 = first + (tiles - 1) * T
+    dt_p = _pointers(DT + b * sd_b + d0, t0, sd_t, rows, cols)
+    z_p = _pointers(Z + b * sz_b + d0, t0, sz_t, rows, cols)
+    dy_p = _pointers(DY + b * sy_b + d0, t0, sy_t, rows, cols)
+    c_p = _pointers(C + b * sc_b, t0, sc_t, brows, bcols)
+    flags_at = b * L
+    ok, c_ok = _inside(rows, t0, last, col_ok, FULL), gl.expand_dims(t0 + brows < last, 1)
+    dt_next, z_next = gl.load(dt_p, mask=ok, other=0.0), gl.load(z_p, mask=ok, other=0.0)
+    dy_next, c_next = gl.load(dy_p, mask=ok, other=0.0), gl.load(c_p, mask=c_ok, other=0.0)
+    for i in range(0, tiles):
+        t0 = first + (tiles - 1 - i) * T
+        _, decay, _ = _steps(dt_next, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+        z = z_next.to(gl.float32)
+        decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay)
+        dy_s._reinterpret(gl.float32, [T, BD], whole).store(dy_next.to(gl.float32) * z * _reciprocal(1.0 + _exp2(-LOG2E * z)))
+        c_s._reinterpret(gl.float32, [T, N], whole).store(c_next.to(gl.float32))
+        ok, c_ok = _inside(rows, t0 - T, last, col_ok, FULL), gl.expand_dims(t0 - T + brows < last, 1)
+        ok, c_ok = ok & (i + 1 < tiles), c_ok & (i + 1 < tiles)
+        dt_p -= T * sd_t
+        z_p -= T * sz_t
+        dy_p -= T * sy_t
+        c_p -= T * sc_t
+        dt_next, z_next = gl.load(dt_p, mask=ok, other=0.0), gl.load(z_p, mask=ok, other=0.0)
+        dy_next, c_next = gl.load(dy_p, mask=ok, other=0.0), gl.load(c_p, mask=c_ok, other=0.0)
+        for t1 in range(0, T, U):
+            for u in gl.static_range(U):
+                t = T - 1 - t1 - u
+                decay_t = decay_s.index(t).load(by_channel)
+                asked = gl.expand_dims(dy_s.index(t).load(by_channel), 1) * gl.expand_dims(c_s.index(t).load(by_state), 0)
+                span += decay_t
+                carry = (carry + asked) * _exp2(gl.expand_dims(decay_t, 1) * a2)
+    gl.store(LOCAL + (b * S + s) * D * N + off, carry, mask=ok2)
+    gl.store(SPAN + (b * S + s) * D + d, span, mask=d_ok)
+
+
+def states_layout(N: int, R: int):
+    """Where shared memory has state n of channel d of a token, (BD, N), in `scan_backward`: the channels of a lane lie apart and
+    those of neighbouring lanes together, so that 8 lanes read 128 bytes in a row."""
+    bits = lambda count: [1 << i for i in range(count.bit_length() - 1)]  # noqa: E731
+    return gl.SharedLinearLayout([[0, b] for b in bits(N)] + [[R * b, 0] for b in bits(8)] + [[b, 0] for b in bits(R)])
+
+
+@gluon.jit
+def scan_backward(
+    X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+    DX, DDT, DZ, DBC, DA, DVEC, DH0,
+    L, D, S, SEGMENT, n_batch, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t, sdx_b, sdx_t, sdd_b, sdd_t,
+    sdz_b, sdz_t,
+    N: gl.constexpr, R: gl.constexpr, T: gl.constexpr, U: gl.constexpr, UB: gl.constexpr, SUB: gl.constexpr,
+    STATES_LAYOUT: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """One segment of BD = 8 R channels, from its end to its beginning.
+
+    A lane holds N / 4 states of R channels; 4 lanes share a channel. The states before each token of a tile are computed again,
+    from a kept one that serves SUB tiles, into shared memory; then the tile is walked backwards, and the space of a token's states
+    takes the lanes' parts of its gradients of B and C. DBC (D / BD, B, L, 2, N), DA (B S, D, N) and DVEC (B S, 2, D) get this
+    program's parts of the gradients of B and C, of A, and of dt_bias and D.
+    """
+    BD: gl.constexpr = 8 * R
+    state: gl.constexpr = gl.BlockedLayout([R, N // 4], [8, 4], [1, 1], [1, 0])
+    by_channel: gl.constexpr = gl.SliceLayout(1, state)
+    by_state: gl.constexpr = gl.SliceLayout(0, state)
+    tile: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BD, BD // 4], [1, 1], [1, 0])
+    narrow: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
+    by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    PT: gl.constexpr = 64 // N  # tokens whose parts are added at a time
+    parts_l: gl.constexpr = gl.BlockedLayout([1, 8, 1, 4], [PT, 1, 2, N // 4], [1, 1, 1, 1], [3, 2, 1, 0])
+    parts_s: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    token_parts_s: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+
+    d0 = gl.program_id(0) * BD
+    b = gl.program_id(1).to(gl.int64)
+    s = gl.program_id(2)
+    d = d0 + gl.arange(0, BD, layout=by_channel)
+    off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
+    d_ok, ok2 = d < D, off < D * N
+    a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
+    rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
+    brows, bcols = gl.arange(0, T, layout=gl.SliceLayout(1, narrow)), gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
+    col_ok = d0 + cols < D
+    bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
+
+    before_s = gl.allocate_shared_memory(gl.float32, [T, BD, N], STATES_LAYOUT)
+    decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    input_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    dy_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    b_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
+    c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
+    through_decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    through_input_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    dt_s = gl.allocate_shared_memory(gl.float32, [T, BD], whole)
+    slope_s = gl.allocate_shared_memory(gl.float32, [T, BD], whole)
+
+    carry = gl.full([BD, N], 0.0, gl.float32, state)
+    if HAS_FINAL:
+        carry = gl.load(DFINAL + b * D * N + off, mask=ok2, other=0.0)
+    carry = _suffix(carry, a2, LOCAL, SPAN, b, s, S, D, N, d, off, d_ok, ok2)
+    d_a = gl.full([BD, N], 0.0, gl.float32, state)
+    d_bias = gl.full([BD], 0.0, gl.float32, gl.SliceLayout(0, tile))
+    d_skip = gl.full([BD], 0.0, gl.float32, gl.SliceLayout(0, tile))
+
+    first = s * SEGMENT
+    last = gl.minimum(first + SEGMENT, L)
+    tiles = (last - first + T - 1) // T
+    t0 = first + (tiles - 1) * T
+    x_p = _pointers(X + b * sx_b + d0, t0, sx_t, rows, cols)
+    dt_p = _pointers(DT + b * sd_b + d0, t0, sd_t, rows, cols)
+    z_p = _pointers(Z + b * sz_b + d0, t0, sz_t, rows, cols)
+    dy_p = _pointers(DY + b * sy_b + d0, t0, sy_t, rows, cols)
+    out_p = _pointers(OUT + b * L * D + d0, t0, D, rows, cols)
+    b_p = _pointers(Bm + b * sb_b, t0, sb_t, brows, bcols)
+    c_p = _pointers(C + b * sc_b, t0, sc_t, brows, bcols)
+    dx_p = _pointers(DX + b * sdx_b + d0, t0, sdx_t, rows, cols)
+    ddt_p = _pointers(DDT + b * sdd_b + d0, t0, sdd_t, rows, cols)
+    dz_p = _pointers(DZ + b * sdz_b + d0, t0, sdz_t, rows, cols)
+    flags_at = b * L
+    STATES += b * ((L + SUB * T - 1) // (SUB * T)) * D * N
+    DBC += (gl.program_id(0).to(gl.int64) * n_batch + b) * L * (2 * N)
+    part_t = gl.arange(0, PT, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(1, parts_l))))
+    part_q = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(1, parts_l))))
+    part_n = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(1, parts_l))))
+    part_l: gl.constexpr = gl.SliceLayout(1, parts_l)
+    part_off = (gl.expand_dims(gl.expand_dims(part_t, 1), 2) * 2 + gl.expand_dims(gl.expand_dims(part_q, 0), 2)) * N
+    part_off = part_off + gl.expand_dims(gl.expand_dims(part_n, 0), 0)
+    part_row = gl.expand_dims(gl.expand_dims(part_t, 1), 2)
+
+    ok, b_ok = _inside(rows, t0, last, col_ok, FULL), gl.expand_dims(t0 + brows < last, 1)
+    x_next, dt_next = gl.load(x_p, mask=ok, other=0.0), gl.load(dt_p, mask=ok, other=0.0)
+    z_next, dy_next = gl.load(z_p, mask=ok, other=0.0), gl.load(dy_p, mask=ok, other=0.0)
+    out_next = gl.load(out_p, mask=ok, other=0.0)
+    b_next, c_next = gl.load(b_p, mask=b_ok, other=0.0), gl.load(c_p, mask=b_ok, other=0.0)
+    for i in range(0, tiles):
+        t0 = first + (tiles - 1 - i) * T
+        x_raw = x_next
+        x = x_raw.to(gl.float32)
+        dt, decay, slope = _steps(dt_next, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+        z, dy = z_next.to(gl.float32), dy_next.to(gl.float32)
+        z = gl.where(z == 0.0, 1e-30, z)
+        gate = _reciprocal(1.0 + _exp2(-LOG2E * z))
+        # y before the gate is out / silu(z); silu'(z) / silu(z) = (1 + z (1 - sigmoid(z))) / z
+        dz = dy * out_next.to(gl.float32) * (1.0 + z * (1.0 - gate)) * _reciprocal(z)
+        gl.store(dz_p, dz.to(DZ.dtype.element_ty), mask=ok)
+        dy = dy * z * gate
+        d_skip += gl.sum(dy * x, 0)
+        decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay)
+        input_s._reinterpret(gl.float32, [T, BD], whole).store(dt * x)
+        dy_s._reinterpret(gl.float32, [T, BD], whole).store(dy)
+        dt_s.store(dt)
+        slope_s.store(slope)
+        b_s._reinterpret(gl.float32, [T, N], whole).store(b_next.to(gl.float32))
+        c_s._reinterpret(gl.float32, [T, N], whole).store(c_next.to(gl.float32))
+
+        # The tile before is on its way while this one is walked.
+        out_ok = ok
+        ok, b_ok = _inside(rows, t0 - T, last, col_ok, FULL), gl.expand_dims(t0 - T + brows < last, 1)
+        ok, b_ok = ok & (i + 1 < tiles), b_ok & (i + 1 < tiles)
+        x_p -= T * sx_t
+        dt_p -= T * sd_t
+        z_p -= T * sz_t
+        dy_p -= T * sy_t
+        out_p -= T * D
+        b_p -= T * sb_t
+        c_p -= T * sc_t
+        x_next, dt_next = gl.load(x_p, mask=ok, other=0.0), gl.load(dt_p, mask=ok, other=0.0)
+        z_next, dy_next = gl.load(z_p, mask=ok, other=0.0), gl.load(dy_p, mask=ok, other=0.0)
+        out_next = gl.load(out_p, mask=ok, other=0.0)
+        b_next, c_next = gl.load(b_p, mask=b_ok, other=0.0), gl.load(c_p, mask=b_ok, other=0.0)
+
+        h = gl.load(STATES + (t0 // (SUB * T)).to(gl.int64) * D * N + off, mask=ok2, other=0.0)
+        if SUB == 2:
+            if t0 // T % 2 == 1:  # the kept state lies a tile back: walk that one first, in the space of what comes later
+                dt2, decay2, _ = _steps(dt_next, bias, t0 - T, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+                through_decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay2)
+                through_input_s._reinterpret(gl.float32, [T, BD], whole).store(dt2 * x_next.to(gl.float32))
+                before_s._reinterpret(gl.float32, [BD, T, N], whole).index(0).store(b_next.to(gl.float32))
+                for t1 in range(0, T, U):
+                    for u in gl.static_range(U):
+                        decay_t = through_decay_s.index(t1 + u).load(by_channel)
+                        input_t = through_input_s.index(t1 + u).load(by_channel)
+                        b_t = before_s._reinterpret(gl.float32, [BD * T, N], by_token).index(t1 + u).load(by_state)
+                        h = _advance(h, a2, decay_t, input_t, b_t)
+        for t1 in range(0, T, U):
+            for u in gl.static_range(U):
+                before_s.index(t1 + u).store(h)
+                decay_t, input_t = decay_s.index(t1 + u).load(by_channel), input_s.index(t1 + u).load(by_channel)
+                h = _advance(h, a2, decay_t, input_t, b_s.index(t1 + u).load(by_state))
+        for t1 in range(0, T, UB):
+            before = ()
+            for u in gl.static_range(UB):
+                before = before + (before_s.index(T - 1 - t1 - u).load(state),)
+            parts = ()
+            for u in gl.static_range(UB):
+                t = T - 1 - t1 - u
+                decay_t, input_t = decay_s.index(t).load(by_channel), input_s.index(t).load(by_channel)
+                dy_t = dy_s.index(t).load(by_channel)
+                b_t, c_t = b_s.index(t).load(by_state), c_s.index(t).load(by_state)
+                dh = carry + gl.expand_dims(dy_t, 1) * gl.expand_dims(c_t, 0)
+                carry = dh * _exp2(gl.expand_dims(decay_t, 1) * a2)
+                q = carry * before[u]
+                d_a += q * gl.expand_dims(decay_t, 1)
+                through_decay_s.index(t).store(gl.sum(q * a2, 1))
+                through_input_s.index(t).store(gl.sum(dh * gl.expand_dims(b_t, 0), 1))
+                d_b = gl.sum(gl.reshape(dh * gl.expand_dims(input_t, 1), [8, R, N]), 1)
+                d_c = gl.sum(gl.reshape(h * gl.expand_dims(dy_t, 1), [8, R, N]), 1)
+                parts = parts + (gl.permute(gl.join(d_b, d_c), [0, 2, 1]),)
+                h = before[u]
+            for u in gl.static_range(UB):
+                before_s.index(T - 1 - t1 - u)._reinterpret(gl.float32, [8, 2, N], token_parts_s).store(parts[u])
+        for k in gl.static_range(T // PT):
+            part = before_s._reinterpret(gl.float32, [T // PT, PT, 8, 2, N], parts_s).index(k).load(parts_l)
+            p = DBC + (t0 + k * PT).to(gl.int64) * (2 * N) + part_off
+            gl.store(p, gl.sum(part, 1), mask=(part_off >= 0) & (t0 + k * PT + part_row < last))
+        through_input = through_input_s._reinterpret(gl.float32, [T, BD], whole).load(tile)
+        through_decay = through_decay_s._reinterpret(gl.float32, [T, BD], whole).load(tile)
+        dx = through_input * dt_s.load(tile) + dy_s._reinterpret(gl.float32, [T, BD], whole).load(tile) * gl.expand_dims(skip, 0)
+        ddt = (through_input * x_raw.to(gl.float32) + LN2 * through_decay) * slope_s.load(tile)
+        d_bias += gl.sum(ddt, 0)
+        gl.store(dx_p, dx.to(DX.dtype.element_ty), mask=out_ok)
+        gl.store(ddt_p, ddt.to(DDT.dtype.element_ty), mask=out_ok)
+        dx_p -= T * sdx_t
+        ddt_p -= T * sdd_t
+        dz_p -= T * sdz_t
+    gl.store(DA + (b * S + s) * D * N + off, d_a, mask=ok2)
+    gl.store(DVEC + (b * S + s) * 2 * D + d0 + cols, d_bias, mask=col_ok)
+    gl.store(DVEC + (b * S + s) * 2 * D + D + d0 + cols, d_skip, mask=col_ok)
+    if s == 0:
+        gl.store(DH0 + b * D * N + off, carry, mask=ok2)

@@ -1,0 +1,448 @@
+"""The selective scan on GPUs: the host side, and kernels in plain Triton for where those of `gluon.py` do not run.
+
+Time is cut into segments only as far as it takes to fill the device. With more than one, a first pass finds the state each leaves
+from 0 and the sum of its steps; since a segment acts on a state as exp(A sum dt), its true initial state follows from those of the
+segments before it. The backward pass does the same from the other end. The forward pass keeps a state every KEEP tokens.
+
+No sum depends on the order in which programs run: each writes its part, and the parts are added in their order.
+"""
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KEEP = 32  # tokens from one kept state to the next
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+CUT = tl.constexpr(3e38)  # a step so long that nothing is left of the state: exp2(CUT * A) = 0
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
+    reset: Tensor | None = None, live: Tensor | None = None, initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `chunked.selective_scan`; x, dt, B, C and z may be views whose last dimension is contiguous."""
+    return _SelectiveScan.apply(x, dt, A, B, C, D, z, dt_bias, reset, live, initial_state)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, reset, live, initial_state):
+        y, final_state, kept = forward(x, dt, A, B, C, D, z, dt_bias, reset, live, initial_state)
+        ctx.has_initial_state = initial_state is not None
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, reset, live, kept, y)
+        ctx.set_materialize_grads(False)
+        return y, final_state
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_final_state):
+        x, dt, A, B, C, D, z, dt_bias, reset, live, kept, y = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = torch.zeros_like(y)
+        g = backward(grad_y, grad_final_state, x, dt, A, B, C, D, z, dt_bias, reset, live, kept, y)
+        initial = g["initial_state"] if ctx.has_initial_state else None
+        return g["x"], g["dt"], g["A"], g["B"], g["C"], g["D"], g["z"], g["dt_bias"], None, None, initial
+
+
+def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=None):
+    """(y (B, L, D) in x's dtype, final state (B, D, N), kept states (B, ceil(L / KEEP), D, N)), states in float32."""
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    x, dt, B, C, z = map(_token_major, (x, dt, B, C, z))
+    A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
+    reset, live = _flags(reset), _flags(live)
+    initial_state = None if initial_state is None else initial_state.float().contiguous()
+    kernels = _kernels(x.device, d_state)
+    segments, size = _segments(batch, length, kernels.programs(d_inner, "forward"), x.device)
+    y = x.new_empty(batch, length, d_inner)
+    final, kept = _states(x, batch, d_inner, d_state), _states(x, batch, -(-length // KEEP), d_inner, d_state)
+    local, span = _segment_states(final, segments)
+    for local_pass in ([True, False] if segments > 1 else [False]):
+        kernels.forward(
+            (batch, segments - 1 if local_pass else segments), local_pass,
+            (x, dt, z, B, C, A, dt_bias, D, initial_state, local, span, reset, live, y, kept, final,
+             length, d_inner, segments, size, *_strides(x, dt, z, B, C)),
+        )
+    return y, final, kept
+
+
+def backward(
+    grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, reset, live, kept, y, grad_x=None, grad_dt=None, grad_z=None,
+    grad_B=None, grad_C=None,
+) -> dict[str, Tensor]:
+    """Gradients by name, from what `forward` returned. grad_x, ... (B, L, ·): where to write them, views allowed."""
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    x, dt, B, C, z, grad_y = map(_token_major, (x, dt, B, C, z, grad_y))
+    dtypes = A.dtype, D.dtype, dt_bias.dtype
+    A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
+    reset, live = _flags(reset), _flags(live)
+    grad_final = None if grad_final is None else grad_final.float().contiguous()
+    kernels = _kernels(x.device, d_state)
+    programs = kernels.programs(d_inner, "backward")
+    segments, size = _segments(batch, length, programs, x.device)
+    grad_x, grad_dt, grad_z = (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
+        for v, out in ((x, grad_x), (dt, grad_dt), (z, grad_z))
+    )
+    grad_B, grad_C = (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out for v, out in ((B, grad_B), (C, grad_C))
+    )
+    part_bc = _states(x, programs, batch, length, 2, d_state)
+    part_a, part_vectors = _states(x, batch * segments, d_inner, d_state), _states(x, batch * segments, 2, d_inner)
+    grad_initial = _states(x, batch, d_inner, d_state)
+    local, span = _segment_states(grad_initial, segments)
+    if segments > 1:
+        kernels.gradient_state(
+            (batch, segments - 1),
+            (dt, z, C, grad_y, A, dt_bias, reset, live, local, span, length, d_inner, segments, size, *_strides(dt, z, C, grad_y)),
+        )
+    kernels.backward(
+        (batch, segments),
+        (x, dt, z, B, C, grad_y, y, A, dt_bias, D, reset, live, kept, grad_final, local, span,
+         grad_x, grad_dt, grad_z, part_bc, part_a, part_vectors, grad_initial,
+         length, d_inner, segments, size, batch, *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z)),
+    )
+    rows = 32
+    _scan_add_parts[(triton.cdiv(batch * length, rows),)](
+        part_bc, grad_B, grad_C, programs, batch * length, length, *_strides(grad_B, grad_C), N=d_state,
+        NP=triton.next_power_of_2(d_state), ROWS=rows,
+    )
+    grad_vectors = part_vectors.sum(0)
+    return {
+        "x": grad_x, "dt": grad_dt, "A": part_a.sum(0).to(dtypes[0]), "B": grad_B, "C": grad_C,
+        "D": grad_vectors[1].to(dtypes[1]), "z": grad_z, "dt_bias": grad_vectors[0].to(dtypes[2]), "initial_state": grad_initial,
+    }
+
+
+def _token_major(v: Tensor) -> Tensor:
+    return v if v.stride(-1) == 1 else v.contiguous()
+
+
+def _flags(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous().view(torch.uint8)
+
+
+def _states(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _segment_states(like: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """For what each segment does to a state (B, D, N): what it leaves from 0, and the sum of its steps. One segment needs neither."""
+    batch, d_inner, d_state = like.shape
+    if segments == 1:
+        return like, like
+    return _states(like, batch, segments, d_inner, d_state), _states(like, batch, segments, d_inner)
+
+
+def _strides(*tensors: Tensor):
+    """(batch stride, token stride) of each."""
+    for v in tensors:
+        yield from v.stride()[:2]
+
+
+def _segments(batch: int, length: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(segments, tokens of one): as many as give every scheduler of the device a warp, no more, since a second one means a
+    second pass over most of the sequence."""
+    wanted = 4 * _multiprocessors(device) / (batch * programs)
+    segments = 1 if wanted < 1.7 else min(round(wanted), max(1, length // (4 * KEEP)))
+    size = -(-length // segments)
+    size = -(-size // KEEP) * KEEP  # kept states lie at multiples of KEEP
+    return -(-length // size), size
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def _kernels(device: torch.device, d_state: int):
+    """Gluon's kernels where they run: an NVIDIA GPU since Ampere, and a d_state they are laid out for."""
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8 and d_state in (8, 16):
+        return GluonKernels(d_state)
+    return PlainKernels(d_state)
+
+
+class GluonKernels:
+    """Launches of the kernels in `gluon.py`. lanes: of a channel, forward; channels: of a lane, backward."""
+
+    def __init__(self, d_state: int, lanes: int = 2, tile: int = 32, unroll: int = 8, channels: int = 2, unroll_back: int = 2):
+        from . import gluon
+
+        self.module, self.d_state, self.tile, self.unroll, self.unroll_back = gluon, d_state, tile, unroll, unroll_back
+        self.lanes, self.channels = lanes, channels
+        self.width, self.width_back = 32 // lanes, 8 * channels  # channels of a program
+
+    def programs(self, d_inner: int, which: str) -> int:
+        return -(-d_inner // (self.width if which == "forward" else self.width_back))
+
+    def forward(self, grid, local_pass: bool, arguments) -> None:
+        d_inner, reset, live, h0 = arguments[17], arguments[11], arguments[12], arguments[8]
+        self.module.scan_forward[(self.programs(d_inner, "forward"), *grid)](
+            *arguments, N=self.d_state, NL=self.lanes, T=self.tile, U=self.unroll, KEEP=KEEP, LOCAL_PASS=local_pass,
+            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.width == 0, num_warps=1,
+        )
+
+    def gradient_state(self, grid, arguments) -> None:
+        d_inner, reset, live = arguments[11], arguments[6], arguments[7]
+        self.module.scan_gradient_state[(self.programs(d_inner, "forward"), *grid)](
+            *arguments, N=self.d_state, NL=self.lanes, T=self.tile, U=self.unroll,
+            HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.width == 0, num_warps=1,
+        )
+
+    def backward(self, grid, arguments) -> None:
+        d_inner, reset, live, final = arguments[24], arguments[10], arguments[11], arguments[13]
+        self.module.scan_backward[(self.programs(d_inner, "backward"), *grid)](
+            *arguments, N=self.d_state, R=self.channels, T=16, U=4, UB=self.unroll_back, SUB=KEEP // 16,
+            STATES_LAYOUT=self.module.states_layout(self.d_state, self.channels), HAS_FINAL=final is not None,
+            HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.width_back == 0, num_warps=1,
+        )
+
+
+class PlainKernels:
+    """Launches of the kernels below."""
+
+    channels = 32  # of a program
+
+    def __init__(self, d_state: int):
+        self.constants = dict(N=d_state, NP=triton.next_power_of_2(d_state), BD=self.channels)
+
+    def programs(self, d_inner: int, which: str) -> int:
+        return -(-d_inner // self.channels)
+
+    def forward(self, grid, local_pass: bool, arguments) -> None:
+        d_inner, reset, live, h0 = arguments[17], arguments[11], arguments[12], arguments[8]
+        _scan_forward[(self.programs(d_inner, "forward"), *grid)](
+            *arguments, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass, HAS_H0=h0 is not None, HAS_RESET=reset is not None,
+            HAS_LIVE=live is not None, num_warps=1,
+        )
+
+    def gradient_state(self, grid, arguments) -> None:
+        d_inner, reset, live = arguments[11], arguments[6], arguments[7]
+        _scan_gradient_state[(self.programs(d_inner, "backward"), *grid)](
+            *arguments, **self.constants, HAS_RESET=reset is not None, HAS_LIVE=live is not None, num_warps=1,
+        )
+
+    def backward(self, grid, arguments) -> None:
+        d_inner, reset, live, final, kept = arguments[24], arguments[10], arguments[11], arguments[13], arguments[12]
+        programs = self.programs(d_inner, "backward")
+        states = _states(kept, programs, *grid, KEEP + 1, self.channels, self.constants["NP"])
+        _scan_backward[(programs, *grid)](
+            *arguments, states, **self.constants, KEEP=KEEP, HAS_FINAL=final is not None, HAS_RESET=reset is not None,
+            HAS_LIVE=live is not None, num_warps=1,
+        )
+
+
+@triton.jit
+def _step_size(DT, bias, ok, at, RESET, LIVE, HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr):
+    """(dt, step of the decay, slope of softplus) of one token's channels, and whether the token counts."""
+    v = tl.load(DT, mask=ok, other=0.0).to(tl.float32) + bias
+    e = tl.exp2(tl.abs(v) * -LOG2E)
+    # log1p(e) by a polynomial fitted on [0, 1], relative error 2e-7
+    p = 0.005253457929939032 * e - 0.02958850748836994
+    p = p * e + 0.07836166769266129
+    p = p * e - 0.13674770295619965
+    p = p * e + 0.19111430644989014
+    p = p * e - 0.24844369292259216
+    p = p * e + 0.33319270610809326
+    p = p * e - 0.49999502301216125
+    p = p * e + 1.0
+    dt = tl.maximum(v, 0.0) + p * e
+    slope = tl.where(v >= 0.0, 1.0, e) / (1.0 + e)
+    if HAS_LIVE:
+        count = (tl.load(LIVE + at) != 0).to(tl.float32)
+        dt *= count
+        slope *= count
+    decay = dt
+    if HAS_RESET:
+        decay = tl.where(tl.load(RESET + at) != 0, CUT, dt)
+    return dt, decay, slope
+
+
+@triton.jit
+def _scan_forward(
+    X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+    L, D, S, SEGMENT, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t,
+    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, LOCAL_PASS: tl.constexpr, HAS_H0: tl.constexpr,
+    HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr,
+):  # fmt: skip
+    """As `gluon.forward_kernel`, one token at a time."""
+    d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP)
+    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    ok, n_ok = d < D, n < N
+    ok2 = ok[:, None] & n_ok[None, :]
+    off = d[:, None] * N + n[None, :]
+    a2 = tl.minimum(tl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
+    bias, skip = tl.load(BIAS + d, mask=ok, other=0.0), tl.load(SKIP + d, mask=ok, other=0.0)
+    h = tl.zeros((BD, NP), tl.float32)
+    if not LOCAL_PASS:
+        if HAS_H0:
+            h = tl.load(H0 + b * D * N + off, mask=ok2, other=0.0)
+        for j in range(0, s):
+            span = tl.load(SPAN + (b * S + j) * D + d, mask=ok, other=0.0)
+            h = h * tl.exp2(a2 * span[:, None]) + tl.load(LOCAL + (b * S + j) * D * N + off, mask=ok2, other=0.0)
+    span = tl.zeros((BD,), tl.float32)
+    n_kept = (L + KEEP - 1) // KEEP
+    for t in range(s * SEGMENT, tl.minimum((s + 1) * SEGMENT, L)):
+        at = b * L + t
+        t64 = at - b * L
+        x = tl.load(X + b * sx_b + t64 * sx_t + d, mask=ok, other=0.0).to(tl.float32)
+        dt, decay, _ = _step_size(DT + b * sd_b + t64 * sd_t + d, bias, ok, at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+        b_t = tl.load(Bm + b * sb_b + t64 * sb_t + n, mask=n_ok, other=0.0).to(tl.float32)
+        if not LOCAL_PASS:
+            if t % KEEP == 0:
+                tl.store(STATES + (b * n_kept + t // KEEP) * D * N + off, h, mask=ok2)
+        h = h * tl.exp2(decay[:, None] * a2) + (dt * x)[:, None] * b_t[None, :]
+        if LOCAL_PASS:
+            span += decay
+        else:
+            c_t = tl.load(C + b * sc_b + t64 * sc_t + n, mask=n_ok, other=0.0).to(tl.float32)
+            z = tl.load(Z + b * sz_b + t64 * sz_t + d, mask=ok, other=0.0).to(tl.float32)
+            z = tl.where(z == 0.0, 1e-30, z)  # the backward pass divides by silu(z)
+            y = tl.sum(h * c_t[None, :], 1) + skip * x
+            tl.store(Y + at * D + d, (y * (z / (1.0 + tl.exp2(z * -LOG2E)))).to(Y.dtype.element_ty), mask=ok)
+    if LOCAL_PASS:
+        tl.store(LOCAL + (b * S + s) * D * N + off, h, mask=ok2)
+        tl.store(SPAN + (b * S + s) * D + d, span, mask=ok)
+    else:
+        if s == S - 1:
+            tl.store(FINAL + b * D * N + off, h, mask=ok2)
+
+
+@triton.jit
+def _scan_gradient_state(
+    DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
+    L, D, S, SEGMENT, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t,
+    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr,
+):  # fmt: skip
+    """As `gluon.gradient_state_kernel`, one token at a time."""
+    d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP)
+    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2) + 1
+    ok, n_ok = d < D, n < N
+    ok2 = ok[:, None] & n_ok[None, :]
+    off = d[:, None] * N + n[None, :]
+    a2 = tl.minimum(tl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
+    bias = tl.load(BIAS + d, mask=ok, other=0.0)
+    carry, span = tl.zeros((BD, NP), tl.float32), tl.zeros((BD,), tl.float32)
+    first = s * SEGMENT
+    last = tl.minimum(first + SEGMENT, L)
+    for i in range(0, last - first):
+        t = last - 1 - i
+        at = b * L + t
+        t64 = at - b * L
+        _, decay, _ = _step_size(DT + b * sd_b + t64 * sd_t + d, bias, ok, at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+        z = tl.load(Z + b * sz_b + t64 * sz_t + d, mask=ok, other=0.0).to(tl.float32)
+        dy = tl.load(DY + b * sy_b + t64 * sy_t + d, mask=ok, other=0.0).to(tl.float32) * (z / (1.0 + tl.exp2(z * -LOG2E)))
+        c_t = tl.load(C + b * sc_b + t64 * sc_t + n, mask=n_ok, other=0.0).to(tl.float32)
+        carry = (carry + dy[:, None] * c_t[None, :]) * tl.exp2(decay[:, None] * a2)
+        span += decay
+    tl.store(LOCAL + (b * S + s) * D * N + off, carry, mask=ok2)
+    tl.store(SPAN + (b * S + s) * D + d, span, mask=ok)
+
+
+@triton.jit
+def _scan_backward(
+    X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+    DX, DDT, DZ, DBC, DA, DVEC, DH0,
+    L, D, S, SEGMENT, n_batch, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t, sdx_b, sdx_t, sdd_b, sdd_t,
+    sdz_b, sdz_t, SCRATCH,
+    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_RESET: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
+):  # fmt: skip
+    """As `gluon.backward_kernel`, one token at a time; a program keeps the states of KEEP tokens in its part of SCRATCH."""
+    pid = tl.program_id(0)
+    d, n = pid * BD + tl.arange(0, BD), tl.arange(0, NP)
+    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    ok, n_ok = d < D, n < N
+    ok2 = ok[:, None] & n_ok[None, :]
+    off = d[:, None] * N + n[None, :]
+    a2 = tl.minimum(tl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
+    bias, skip = tl.load(BIAS + d, mask=ok, other=0.0), tl.load(SKIP + d, mask=ok, other=0.0)
+    carry = tl.zeros((BD, NP), tl.float32)
+    if HAS_FINAL:
+        carry = tl.load(DFINAL + b * D * N + off, mask=ok2, other=0.0)
+    for i in range(0, S - 1 - s):
+        j = S - 1 - i
+        span = tl.load(SPAN + (b * S + j) * D + d, mask=ok, other=0.0)
+        carry = carry * tl.exp2(a2 * span[:, None]) + tl.load(LOCAL + (b * S + j) * D * N + off, mask=ok2, other=0.0)
+    d_a = tl.zeros((BD, NP), tl.float32)
+    d_bias, d_skip = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
+    n_kept = (L + KEEP - 1) // KEEP
+    scratch = SCRATCH + ((pid * n_batch + b) * S + s) * (KEEP + 1) * BD * NP + tl.arange(0, BD)[:, None] * NP + n[None, :]
+    first = s * SEGMENT
+    last = tl.minimum(first + SEGMENT, L)
+    chunks = (last - first + KEEP - 1) // KEEP
+    for k in range(0, chunks):
+        t0 = first + (chunks - 1 - k) * KEEP
+        size = tl.minimum(KEEP, last - t0)
+        h = tl.load(STATES + (b * n_kept + t0 // KEEP) * D * N + off, mask=ok2, other=0.0)
+        tl.store(scratch, h)
+        for u in range(0, size):
+            at = b * L + t0 + u
+            t64 = at - b * L
+            x = tl.load(X + b * sx_b + t64 * sx_t + d, mask=ok, other=0.0).to(tl.float32)
+            dt, decay, _ = _step_size(DT + b * sd_b + t64 * sd_t + d, bias, ok, at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+            b_t = tl.load(Bm + b * sb_b + t64 * sb_t + n, mask=n_ok, other=0.0).to(tl.float32)
+            h = h * tl.exp2(decay[:, None] * a2) + (dt * x)[:, None] * b_t[None, :]
+            tl.store(scratch + (u + 1) * BD * NP, h)
+        tl.debug_barrier()
+        for v in range(0, size):
+            u = size - 1 - v
+            at = b * L + t0 + u
+            t64 = at - b * L
+            x = tl.load(X + b * sx_b + t64 * sx_t + d, mask=ok, other=0.0).to(tl.float32)
+            dt, decay, slope = _step_size(DT + b * sd_b + t64 * sd_t + d, bias, ok, at, RESET, LIVE, HAS_RESET, HAS_LIVE)
+            b_t = tl.load(Bm + b * sb_b + t64 * sb_t + n, mask=n_ok, other=0.0).to(tl.float32)
+            c_t = tl.load(C + b * sc_b + t64 * sc_t + n, mask=n_ok, other=0.0).to(tl.float32)
+            z = tl.load(Z + b * sz_b + t64 * sz_t + d, mask=ok, other=0.0).to(tl.float32)
+            z = tl.where(z == 0.0, 1e-30, z)
+            gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+            dy = tl.load(DY + b * sy_b + t64 * sy_t + d, mask=ok, other=0.0).to(tl.float32)
+            out = tl.load(OUT + at * D + d, mask=ok, other=0.0).to(tl.float32)
+            # y before the gate is out / silu(z); silu'(z) / silu(z) = (1 + z (1 - sigmoid(z))) / z
+            dz = dy * out * (1.0 + z * (1.0 - gate)) / z
+            dy = dy * z * gate
+            before, after = tl.load(scratch + u * BD * NP), tl.load(scratch + (u + 1) * BD * NP)
+            dh = carry + dy[:, None] * c_t[None, :]
+            carry = dh * tl.exp2(decay[:, None] * a2)
+            q = carry * before
+            through_input = tl.sum(dh * b_t[None, :], 1)
+            ddt = (through_input * x + tl.sum(q * a2, 1) * LN2) * slope
+            d_a += q * decay[:, None]
+            d_bias += ddt
+            d_skip += dy * x
+            tl.store(DX + b * sdx_b + t64 * sdx_t + d, (through_input * dt + dy * skip).to(DX.dtype.element_ty), mask=ok)
+            tl.store(DDT + b * sdd_b + t64 * sdd_t + d, ddt.to(DDT.dtype.element_ty), mask=ok)
+            tl.store(DZ + b * sdz_b + t64 * sdz_t + d, dz.to(DZ.dtype.element_ty), mask=ok)
+            part = DBC + ((pid.to(tl.int64) * n_batch + b) * L + t0 + u) * (2 * N) + n
+            tl.store(part, tl.sum(dh * (dt * x)[:, None], 0), mask=n_ok)
+            tl.store(part + N, tl.sum(after * dy[:, None], 0), mask=n_ok)
+        tl.debug_barrier()
+    tl.store(DA + (b * S + s) * D * N + off, d_a, mask=ok2)
+    tl.store(DVEC + (b * S + s) * 2 * D + d, d_bias, mask=ok)
+    tl.store(DVEC + (b * S + s) * 2 * D + D + d, d_skip, mask=ok)
+    if s == 0:
+        tl.store(DH0 + b * D * N + off, carry, mask=ok2)
+
+
+@triton.jit
+def _scan_add_parts(
+    PARTS, GB, GC, n_parts, n_rows, L, sb_b, sb_t, sc_b, sc_t, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr
+):
+    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C."""
+    row, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, NP)
+    ok = (row < n_rows)[:, None] & (n < N)[None, :]
+    p = PARTS + row.to(tl.int64)[:, None] * (2 * N) + n[None, :]
+    total_b, total_c = tl.zeros((ROWS, NP), tl.float32), tl.zeros((ROWS, NP), tl.float32)
+    for _ in range(0, n_parts):
+        total_b += tl.load(p, mask=ok, other=0.0)
+        total_c += tl.load(p + N, mask=ok, other=0.0)
+        p += n_rows.to(tl.int64) * (2 * N)
+    b, t = (row // L).to(tl.int64), (row % L).to(tl.int64)
+    tl.store(GB + (b * sb_b + t * sb_t)[:, None] + n[None, :], total_b.to(GB.dtype.element_ty), mask=ok)
+    tl.store(GC + (b * sc_b + t * sc_t)[:, None] + n[None, :], total_c.to(GC.dtype.element_ty), mask=ok)

@@ -1,0 +1,91 @@
+"""The GPU's selective scan against the sequential float64 reference: outputs, states and every gradient."""
+import pytest
+import torch
+from numerics import DEVICE, assert_near, gradients
+
+from serpent_scale.kernels.selective_scan import triton as scan
+from serpent_scale.kernels.selective_scan.reference import selective_scan_reference
+
+NAMES = ("y", "final_state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+
+
+@pytest.fixture(params=["plain", pytest.param("gluon", marks=[CUDA, pytest.mark.gpu])])
+def kernels(request, monkeypatch, poisoned):
+    chosen = scan.PlainKernels if request.param == "plain" else scan.GluonKernels
+    monkeypatch.setattr(scan, "_kernels", lambda device, d_state: chosen(d_state))
+
+
+def inputs(batch, length, d_inner, d_state, dtype=torch.float32, strided=False):
+    """Leaves (float64 values that `dtype` holds exactly): x, dt, A, B, C, D, z, dt_bias, initial state."""
+    shapes = [(batch, length, d_inner)] * 2 + [(batch, length, d_state)] * 2 + [(batch, length, d_inner)]
+    x, dt, B, C, z = (torch.randn(s).to(dtype) for s in shapes)
+    dt = (dt * 1.5 - 1).to(dtype)
+    A, D, bias = -torch.rand(d_inner, d_state) * 8 - 0.01, torch.randn(d_inner), torch.randn(d_inner) * 0.5
+    return [x, dt, A, B, C, D, z, bias, torch.randn(batch, d_inner, d_state)]
+
+
+def compare(values, bound, reset=None, live=None, use_state=True, views=False):
+    leaves = [v.to(DEVICE).requires_grad_() for v in values]
+    used = list(leaves)
+    if views:  # halves of a wider tensor, as the layer's projections are
+        used = [torch.cat([v, v], -1)[..., : v.shape[-1]] if v.dim() == 3 and i < 7 else v for i, v in enumerate(leaves)]
+    flags = [None if f is None else f.to(DEVICE) for f in (reset, live)]
+    got = scan.selective_scan(*used[:8], *flags, used[8] if use_state else None)
+    got = (*got, *gradients(got, leaves if use_state else leaves[:8]))
+    exact = [v.double().requires_grad_() for v in values]
+    want = selective_scan_reference(*exact[:8], reset, live, exact[8] if use_state else None)
+    want = (*want, *gradients(want, exact if use_state else exact[:8]))
+    assert_near(NAMES[: len(got)], got, want, bound)
+
+
+@pytest.mark.parametrize("length, d_inner, d_state", [(1, 8, 16), (37, 40, 16), (70, 33, 8)])
+def test_outputs_states_and_gradients(kernels, length, d_inner, d_state):
+    compare(inputs(2, length, d_inner, d_state), 3e-6)
+
+
+def test_documents_unused_slots_and_views(kernels):
+    reset = torch.rand(2, 75) < 0.1
+    live = torch.arange(75) < torch.tensor([[75], [41]])
+    compare(inputs(2, 75, 24, 16), 3e-6, reset, live, views=True)
+    compare(inputs(2, 20, 24, 16), 3e-6, reset[:, :20], live[:, 21:41], use_state=False)
+
+
+def test_segments_give_what_one_pass_gives(kernels, monkeypatch):
+    values, reset = inputs(1, 150, 24, 16), torch.arange(150)[None] == 100
+    monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: (3, 64))
+    compare(values, 3e-6, reset)
+
+
+def test_bfloat16(kernels):
+    compare(inputs(1, 61, 24, 16, torch.bfloat16), 8e-3)  # the interpreter rounds to bfloat16 towards zero
+
+
+def test_a_gate_of_zero_passes_its_gradient(kernels):
+    values = inputs(1, 20, 8, 16)
+    values[6][:, ::3] = 0.0
+    compare(values, 3e-6)
+
+
+def test_causal_and_repeatable_to_the_bit(kernels, monkeypatch):
+    monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: (2, 64))
+    values = [v.to(DEVICE) for v in inputs(1, 100, 16, 16)]
+    y, _ = scan.selective_scan(*values[:8], initial_state=values[8])
+    for t in (33, 64, 90):
+        changed = [torch.cat([v[:, :t], torch.randn_like(v[:, t:])], 1) if v.dim() == 3 and i < 7 else v for i, v in enumerate(values)]
+        again, _ = scan.selective_scan(*changed[:8], initial_state=values[8])
+        assert torch.equal(again[:, :t], y[:, :t])
+    twice = []
+    for _ in range(2):
+        leaves = [v.clone().requires_grad_() for v in values]
+        twice.append(gradients(scan.selective_scan(*leaves[:8], initial_state=leaves[8]), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*twice))
+
+
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("batch, length, d_inner", [(1, 4000, 256), (3, 1021, 1000)])
+def test_larger_on_the_gpu(kernels, batch, length, d_inner, dtype, bound):
+    reset = torch.rand(batch, length) < 0.003
+    compare(inputs(batch, length, d_inner, 16, dtype), bound, reset)
