@@ -9,7 +9,7 @@ from torch import nn
 
 from serpent_scale.config import MambaConfig, SerpentConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
-from serpent_scale.kernels.resample import TICKS, compress, decompress
+from serpent_scale.kernels.resample import TICKS, compress, reference
 from serpent_scale.kernels.selective_scan.reference import selective_scan_reference
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba
@@ -54,6 +54,13 @@ def pieces(documents, cuts):
         yield slice(lo, hi), Documents(documents.reset[:, lo:hi], (tuple(np.diff(bounds).tolist()),))
 
 
+def clock_of(branch, x, documents):
+    """(Clock, fire (1, L) bool: the token emits) of a branch over one row."""
+    _, clock, _ = compress(x, branch.window_basis, branch.clock_weight, branch.clock_bias, documents.reset, branch.sampling,
+                           branch.slots(documents))
+    return clock, clock.newest.diff(prepend=torch.full((1, 1), -1)) > 0
+
+
 @pytest.fixture(params=[(0.5, 1.0, 1.0, 5, 2), (0.25, 4.0, 1.0, 5, 2), (0.2, 16.0, 1.0, 4, 3), (0.3, 0.0, 1.5, 6, 1)])
 def oracle_and_branch(request):
     rate, band, horizon, bases, taps = request.param
@@ -73,7 +80,7 @@ def test_emissions_and_outputs_equal_the_oracle(oracle_and_branch):
     parts = [serpent_oracle.forward(oracle, part.numpy()) for part in x[0].split(LENGTHS)]
     want = np.concatenate([z for z, _ in parts])
     fires = np.concatenate([fire + start for (_, fire), start in zip(parts, np.cumsum((0,) + LENGTHS))])
-    emitted = branch._emit(branch._intervals(x), documents, branch._fresh_state(x)).fire
+    _, emitted = clock_of(branch, x, documents)
     assert np.array_equal(emitted[0].numpy().nonzero()[0], fires)
     z, _ = branch(x, documents)
     assert np.abs(z[0].detach().numpy() - want).max() < 1e-9
@@ -131,21 +138,21 @@ def test_capacity_holds_for_any_clock_and_is_known_from_the_lengths():
         branch = Branch(nn.Identity(), 4, 4, 0.25, config)
         nn.init.normal_(branch.clock_weight, std=20.0)  # saturated: runs of the largest and of the smallest interval
         x, documents = packed((90, 3, 1, 30), 4, seed)
-        emitted = branch._emit(branch._intervals(x.float().cumsum(1)), documents, branch._fresh_state(x.float()))
-        slots = emitted.live.shape[1]
-        assert slots == documents.capacity(branch.rate_ticks, branch.band_ticks, TICKS)
-        assert int(emitted.fire.sum()) == int(emitted.live.sum()) <= slots  # every emission has a slot
-        assert torch.equal(emitted.emitter[emitted.live], emitted.fire[0].nonzero()[:, 0])
-        assert emitted.fire[0, [0, 90, 93, 94]].all()  # the first token of a document always emits
-        steps = emitted.steps[0].double() / TICKS
-        assert steps.min() >= branch.low - 1e-6 and steps.max() <= branch.high + 1e-6
+        clock, fire = clock_of(branch, x.float().cumsum(1), documents)
+        slots = clock.live.shape[1]
+        assert slots == documents.capacity(branch.sampling.rate, branch.sampling.band, TICKS)
+        assert int(fire.sum()) == int(clock.live.sum()) == int(clock.n_live) <= slots  # every emission has a slot
+        assert torch.equal(clock.emitter[clock.live], fire[0].nonzero()[:, 0])
+        assert fire[0, [0, 90, 93, 94]].all()  # the first token of a document always emits
+        steps = clock.steps[0].double() / TICKS
+        assert steps.min() >= branch.sampling.low - 1e-6 and steps.max() <= branch.sampling.high + 1e-6
 
 
 def test_compressed_states_equal_a_full_length_scan_that_skips_silent_tokens(mixer):
     mixer.double()
     branch = mixer.branches[1]
     x, documents = packed((120,), 32)
-    e = branch._emit(branch._intervals(x), documents, branch._fresh_state(x))
+    e, fire = clock_of(branch, x, documents)
     seen = {}
     hook = branch.inner.register_forward_hook(lambda module, args, out: seen.update(x=args[0], state=out[1]))
     branch(x, documents)
@@ -161,26 +168,25 @@ def test_compressed_states_equal_a_full_length_scan_that_skips_silent_tokens(mix
         s[0, e.emitter[0][live]] = v[0]
     dt, B, C = inner.x_proj(spread[0]).split([inner.rank, inner.d_state, inner.d_state], -1)
     _, state = selective_scan_reference(
-        spread[0], inner.dt_proj(dt), -inner.A_log.exp(), B, C, inner.D, spread[1], inner.dt_bias, live=e.fire
+        spread[0], inner.dt_proj(dt), -inner.A_log.exp(), B, C, inner.D, spread[1], inner.dt_bias, live=fire
     )
     torch.testing.assert_close(seen["state"].ssm, state, rtol=1e-9, atol=1e-12)
 
 
-def lags_moved_by(branch, e, shift):
-    """(near, far, phase since the newest emission) with every token's step moved by `shift` (L,) grid steps, who emits
-    and each emission's phase as they were: a loop over tokens and taps."""
-    steps = e.steps[0].double() / TICKS + shift
-    phase = (e.ticks[0] & (TICKS - 1)).double() / TICKS
-    near, far = torch.zeros(2, *e.emitter.shape, branch.window_taps, dtype=torch.float64)
-    for j, t in enumerate(e.emitter[0].tolist()):
-        lag = -phase[t]
-        for k in range(min(branch.window_taps, int(e.position[0, t]))):
-            near[0, j, k], lag = lag, lag + steps[t - k]
-            far[0, j, k] = lag
+def lags_moved_by(sampling, clock, fire, shift):
+    """(lags of the window, phase since the newest emission) with every token's step moved by `shift` (L,) grid steps, who
+    emits and each emission's phase as they were: a loop over tokens and taps."""
+    steps = clock.steps[0].double() / TICKS + shift
+    phase = clock.phase[0].detach()
+    lags = torch.zeros(*clock.emitter.shape, sampling.window_taps + 1, dtype=torch.float64)
+    for j, t in enumerate(clock.emitter[0].tolist()):
+        lags[0, j] = lag = -phase[t]
+        for k in range(int(clock.reach[0, t])):
+            lags[0, j, k + 1 :] = lag = lag + steps[t - k]
     since, last = torch.zeros_like(phase), 0.0
     for t in range(len(phase)):
-        last = since[t] = phase[t] if e.fire[0, t] else last + steps[t]
-    return near, far, since[None]
+        last = since[t] = phase[t] if fire[0, t] else last + steps[t]
+    return lags, since[None]
 
 
 def test_gradients_of_the_intervals_match_finite_differences(monkeypatch):
@@ -189,19 +195,19 @@ def test_gradients_of_the_intervals_match_finite_differences(monkeypatch):
     nn.init.normal_(branch.clock_weight, std=0.3), nn.init.normal_(branch.readout_basis, std=0.3)
     x, documents = packed((40, 23), 6)
     direction, probe = torch.randn(1, 63, 6, dtype=torch.float64), torch.randn(63, dtype=torch.float64)
-    interval = branch._intervals(x).detach().requires_grad_()
-    monkeypatch.setattr(branch, "_intervals", lambda u: interval)
+    s = branch.sampling
+    interval = reference.intervals(x, branch.clock_weight, branch.clock_bias, s).detach().requires_grad_()
+    monkeypatch.setattr(reference, "intervals", lambda *_: interval)
     (branch(x, documents)[0] * direction).sum().backward()
-    e = branch._emit(interval.detach(), documents, branch._fresh_state(x))
+    clock, fire = clock_of(branch, x, documents)
 
     def loss(shift):
-        near, far, since = lags_moved_by(branch, e, shift)
-        state = branch._fresh_state(x)
-        xt = compress(x, state.tokens, e.emitter, near, far, branch.window_basis, branch.window_centres,
-                      branch.window_width, branch.horizon) * e.live[..., None]
-        y, _ = branch.inner(xt, Documents(documents.reset.gather(1, e.emitter) & e.live, live=e.live))
-        z = decompress(y, state.outputs, e.newest, since, e.count, branch.readout_basis, branch.readout_centres,
-                       branch.readout_width)
+        lags, since = lags_moved_by(s, clock, fire, shift)
+        mass = reference.gaussian_mass(lags, len(branch.window_basis), s.window_width, s.horizon)
+        halo = x.new_zeros(1, s.window_taps - 1, 6)
+        xt = reference.window(x, halo, clock.emitter, mass, branch.window_basis) * clock.live[..., None]
+        y, _ = branch.inner(xt, Documents(documents.reset.gather(1, clock.emitter) & clock.live, live=clock.live))
+        z, _ = reference.decompress(y, branch.readout_basis, clock._replace(phase=since), s)
         return (z * direction).sum().item()
 
     numeric = (loss(1e-6 * probe) - loss(-1e-6 * probe)) / 2e-6
@@ -212,10 +218,11 @@ def test_gradients_of_the_intervals_match_finite_differences(monkeypatch):
 def test_the_clock_starts_uniform_and_the_window_as_half_the_mean():
     branch = Branch(nn.Identity(), 8, 8, 0.25, SerpentConfig())
     x, documents = packed((64,), 8)
-    fire = branch._emit(branch._intervals(x.float()), documents, branch._fresh_state(x.float())).fire[0]
+    fire = clock_of(branch, x.float(), documents)[1][0]
     assert fire.nonzero()[:, 0].tolist() == list(range(0, 64, 4))
     s = torch.linspace(0, 1, 50, dtype=torch.float64)[:, None]
-    density = torch.exp(-0.5 * ((s - branch.window_centres) / branch.window_width) ** 2) @ branch.window_basis[:, 0].double()
+    centres = torch.linspace(0, 1, 6, dtype=torch.float64)
+    density = torch.exp(-0.5 * ((s - centres) / branch.sampling.window_width) ** 2) @ branch.window_basis[:, 0].double()
     assert (density - 0.5).abs().max() < 0.05
 
 
@@ -245,5 +252,5 @@ def test_frozen_clock_is_uniform_and_has_no_parameters():
     branch = Branch(nn.Identity(), 8, 8, 1 / 3, SerpentConfig(learn_clock=False))
     assert not any("clock" in name for name, _ in branch.named_parameters())
     x, documents = packed((60,), 8)
-    fire = branch._emit(branch._intervals(x), documents, branch._fresh_state(x)).fire[0].nonzero()[:, 0]
+    fire = clock_of(branch, x, documents)[1][0].nonzero()[:, 0]
     assert math.isclose(len(fire), 20, abs_tol=1) and set(np.diff(fire.numpy())) <= {2, 3, 4}

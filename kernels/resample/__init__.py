@@ -1,5 +1,29 @@
 """SeRpEnt's resampling: the banded integer clock, compression of a sequence to its emitted elements, and restoration.
-`reference.py` is the PyTorch form in use; docs/serpent_layer.md says what it computes."""
-from .reference import TICK_BITS, TICKS, banded_clock, compress, decompress, gaussian_mass
+`reference.py` is the meaning and the form CPUs use, `triton.py` the one on GPUs; docs/serpent_layer.md says what it computes."""
+import torch
 
-__all__ = ["TICK_BITS", "TICKS", "banded_clock", "compress", "decompress", "gaussian_mass"]
+from . import reference
+from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, banded_clock
+
+__all__ = ["TICK_BITS", "TICKS", "Carry", "Clock", "Sampling", "banded_clock", "compress", "decompress"]
+
+
+def _implementation(x: torch.Tensor):
+    if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from . import triton
+
+        return triton
+    return reference
+
+
+def compress(u, basis, weight, bias, reset, sampling, slots, carry=None):
+    with torch.autocast(u.device.type, enabled=False):
+        return _implementation(u).compress(u, basis, weight, bias, reset, sampling, slots, carry)
+
+
+def decompress(y, basis, clock, sampling, tail=None):
+    with torch.autocast(y.device.type, enabled=False):
+        return _implementation(y).decompress(y, basis, clock, sampling, tail)
+
+
+compress.__doc__, decompress.__doc__ = reference.compress.__doc__, reference.decompress.__doc__

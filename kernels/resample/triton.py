@@ -1,0 +1,793 @@
+"""SeRpEnt's resampling in Triton. `reference.py` says what is computed; same legend.
+
+Forward: `_intervals` (ticks each token asks for), `_clock` (one pass over a row; long rows in segments), `_windows` (weights
+of the taps of each slot), `_merge` (the elements), `_restore` (back to full length). Backward in gather form: every sum is
+taken by one program in a fixed order, what is summed over programs goes through partial sums, so results repeat to the bit.
+
+Emissions must not depend on how a row is cut: the clock's dot product is reduced per row in one fixed shape.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, hand_on
+
+TICK = tl.constexpr(TICKS)
+BITS = tl.constexpr(TICK_BITS)
+LOG2E = tl.constexpr(math.log2(math.e))
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+HALF_UP = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it off rounds to an integer, halves to even
+ROWS, ROW_BLOCK = 4, 1024  # tile of the clock's dot product; fixed, as it fixes the order of summation
+CLOCK_BLOCK = 1024  # tokens scanned at once; sums of drifts over so many fit int32
+SEGMENT = 16 * CLOCK_BLOCK  # tokens of a row that one program walks
+
+
+# ---- the clock ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _intervals(
+    u, weight, bias, asked, gate_out, length, d, stride_b, stride_l, low, span,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    l, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+    rows = u + b * stride_b + l.to(tl.int64)[:, None] * stride_l
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, d, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        mask = (l < length)[:, None] & (c < d)[None, :]
+        w = tl.load(weight + c[None, :], mask=(c < d)[None, :], other=0.0).to(tl.float32)
+        total += tl.load(rows + c[None, :], mask=mask, other=0.0).to(tl.float32) * w
+    logit = tl.sum(total, 1) + tl.load(bias).to(tl.float32)
+    gate = 1.0 / (1.0 + tl.exp(-logit))
+    gate = tl.where(gate == gate, gate, 0.0)  # NaN would become any number of ticks, and slots out of bounds
+    ticks = ((low + span * gate) * TICK + HALF_UP) - HALF_UP
+    tl.store(asked + b * length + l, ticks.to(tl.int32), mask=l < length)
+    tl.store(gate_out + b * length + l, gate, mask=l < length)
+
+
+@triton.jit
+def _then(a, lo, hi, start, a2, lo2, hi2, start2):
+    """Two clamp maps x -> clip(x + a, lo, hi) in sequence, and the latest document start."""
+    return a + a2, tl.minimum(tl.maximum(lo + a2, lo2), hi2), tl.minimum(tl.maximum(hi + a2, lo2), hi2), tl.maximum(start, start2)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _map_of(asked, reset, l, valid, rate, band, LEARN: tl.constexpr):
+    """The clamp map of each token, the identity where not valid."""
+    if LEARN:
+        drift = tl.where(valid, tl.load(asked + l, mask=valid, other=0) - rate, 0)
+    else:
+        drift = tl.zeros_like(l)
+    is_start = tl.load(reset + l, mask=valid, other=0) != 0
+    after_start = tl.minimum(tl.maximum(drift, -band), band)
+    return drift, tl.where(is_start, after_start, -band), tl.where(is_start, after_start, band), tl.where(is_start, l, -1)
+
+
+@triton.jit
+def _segment_maps(asked, reset, maps, length, segment, rate, band, LEARN: tl.constexpr, BLOCK: tl.constexpr):
+    """The composed map of each segment of a row: (B, segments, 4) int64 of a, lo, hi, latest document start."""
+    s, b, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    a, lo, hi = tl.zeros([], tl.int64), tl.zeros([], tl.int64) - band, tl.zeros([], tl.int64) + band
+    latest = tl.zeros([], tl.int64) - 1
+    for start in range(s * segment, tl.minimum((s + 1) * segment, length), BLOCK):
+        l = start + i
+        m = _map_of(asked + b * length, reset + b * length, l, l < length, rate, band, LEARN)
+        m = tl.associative_scan(m, 0, _then)
+        last = i == BLOCK - 1
+        a2, lo2, hi2 = tl.sum(tl.where(last, m[0], 0)), tl.sum(tl.where(last, m[1], 0)), tl.sum(tl.where(last, m[2], 0))
+        a, lo, hi, latest = _then(a, lo, hi, latest, a2, lo2, hi2, tl.max(m[3]))
+    out = maps + (b * tl.num_programs(0) + s) * 4
+    tl.store(out, a)
+    tl.store(out + 1, lo)
+    tl.store(out + 2, hi)
+    tl.store(out + 3, latest)
+
+
+@triton.jit
+def _clock(
+    asked, reset, dev_in, position_in, maps,
+    emitter, since_reset, newest, reach, count_out, phase, steps, cut_out, n_live, dev_out, position_out, totals,
+    length, slots, segment, rate, band, taps, readout_taps,
+    LEARN: tl.constexpr, CARRY: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Walks one segment. Not split: also fills the slots. Split: newest and cut count from the segment's start, and
+    totals (B, segments, 2) says how many elements it emits and where the band last cut."""
+    s, b, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
+    row = b * length
+    dev, position = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
+    if CARRY:
+        dev, position = tl.load(dev_in + b).to(tl.int32), tl.load(position_in + b)
+    latest, base, cut_before = tl.full([], -1, tl.int32), tl.zeros([], tl.int32), tl.full([], -1, tl.int32)
+    if SPLIT:
+        for earlier in range(s):
+            m = maps + (b * tl.num_programs(0) + earlier) * 4
+            moved = dev.to(tl.int64) + tl.load(m)
+            dev = tl.minimum(tl.maximum(moved, tl.load(m + 1)), tl.load(m + 2)).to(tl.int32)
+            latest = tl.maximum(latest, tl.load(m + 3).to(tl.int32))
+    for start in range(s * segment, tl.minimum((s + 1) * segment, length), BLOCK):
+        l = start + i
+        valid = l < length
+        # Scanned over the tokens one earlier: what the clock read before each token, which the token then moves itself.
+        m = _map_of(asked + row, reset + row, l - 1, (i > 0) & (l <= length), rate, band, LEARN)
+        m = tl.associative_scan(m, 0, _then)
+        own = _map_of(asked + row, reset + row, l, valid, rate, band, LEARN)
+        document = tl.maximum(tl.maximum(m[3], own[3]), latest)
+        before = tl.minimum(tl.maximum(dev + m[0], m[1]), m[2])
+        before = tl.where(own[3] >= 0, 0, before)
+        asked_dev = before + own[0]
+        after = tl.minimum(tl.maximum(asked_dev, -band), band)
+        tokens = tl.where(document < 0, position + l, (l - document).to(tl.int64)) + 1
+        was = TICK - 1 + (tokens - 1) * rate + before
+        ticks = TICK - 1 + tokens * rate + after
+        count = ticks >> BITS
+        fire = (count > (was >> BITS)) & valid
+        slot = base + tl.cumsum(fire.to(tl.int32), 0) - 1
+        cut = tl.maximum(tl.associative_scan(tl.where(asked_dev == after, -1, l), 0, _larger), cut_before)
+        tl.store(newest + row + l, slot, mask=valid)
+        tl.store(reach + row + l, tl.minimum(tokens, taps).to(tl.int32), mask=valid)
+        tl.store(count_out + row + l, tl.minimum(count, readout_taps).to(tl.int32), mask=valid)
+        tl.store(phase + row + l, (ticks & (TICK - 1)).to(tl.float32) / TICK, mask=valid)
+        tl.store(steps + row + l, (ticks - was).to(tl.int32), mask=valid)
+        tl.store(cut_out + row + l, cut, mask=valid)
+        if SPLIT:
+            tl.store(since_reset + row + l, count - 1, mask=valid)
+        else:
+            fire = fire & (slot < slots)
+            tl.store(emitter + b * slots + slot, l, mask=fire)
+            tl.store(since_reset + b * slots + slot, count - 1, mask=fire)
+        dev = tl.sum(tl.where(i == BLOCK - 1, after, 0))
+        latest, cut_before = tl.max(document), tl.max(cut)
+        base += tl.sum(fire.to(tl.int32))
+    if SPLIT:
+        tl.store(totals + (b * tl.num_programs(0) + s) * 2, base)
+        tl.store(totals + (b * tl.num_programs(0) + s) * 2 + 1, cut_before)
+    else:
+        tl.store(n_live + b, base.to(tl.int64))
+    if s == tl.num_programs(0) - 1:
+        tl.store(dev_out + b, dev.to(tl.int64))
+        tl.store(position_out + b, tl.where(latest < 0, position + length, (length - latest).to(tl.int64)))
+
+
+@triton.jit
+def _join_segments(
+    slot_in_segment, cut_in_segment, elements, totals, newest, cut, emitter, since_reset, n_live,
+    length, slots, segment, segments, BLOCK: tl.constexpr,
+):
+    """Adds to newest and cut what came before each segment, and fills the slots."""
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    l, row, own = block * BLOCK + tl.arange(0, BLOCK), b * length, block * BLOCK // segment
+    valid = l < length
+    base, cut_before = tl.zeros([], tl.int32), tl.full([], -1, tl.int32)
+    for s in range(own):
+        base += tl.load(totals + (b * segments + s) * 2)
+        cut_before = tl.maximum(cut_before, tl.load(totals + (b * segments + s) * 2 + 1))
+    local = tl.load(slot_in_segment + row + l, mask=valid, other=-1)
+    earlier = tl.load(slot_in_segment + row + l - 1, mask=valid & (l > own * segment), other=-1)
+    slot = local + base
+    tl.store(newest + row + l, slot, mask=valid)
+    tl.store(cut + row + l, tl.maximum(tl.load(cut_in_segment + row + l, mask=valid, other=-1), cut_before), mask=valid)
+    fire = valid & (local > earlier) & (slot < slots)
+    tl.store(emitter + b * slots + slot, l, mask=fire)
+    tl.store(since_reset + b * slots + slot, tl.load(elements + row + l, mask=valid, other=0), mask=fire)
+    if own == segments - 1:
+        tl.store(n_live + b, (base + tl.load(totals + (b * segments + own) * 2)).to(tl.int64))
+
+
+# ---- compression -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _windows(
+    emitter, n_live, reset, reach, phase, steps, halo_steps, since_reset, live_out, reset_out, taps_out, mass, slope,
+    length, slots, taps, width, horizon, cap,
+    HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Per slot: the taps that count, (B, J, K, M) integral of each basis over each tap's lags and, for the backward pass,
+    the basis at the lag where the tap ends."""
+    j, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    inside = j < slots
+    live = j < tl.load(n_live + b)
+    slot = b * slots + j
+    e = tl.load(emitter + slot, mask=live & inside, other=0)
+    tl.store(emitter + slot, e, mask=inside)
+    tl.store(since_reset + slot, tl.load(since_reset + slot, mask=live & inside, other=0), mask=inside)
+    tl.store(live_out + slot, live, mask=inside)
+    tl.store(reset_out + slot, tl.load(reset + b * length + e, mask=live & inside, other=0) != 0, mask=inside)
+    live = live & inside
+    depth = tl.load(reach + b * length + e, mask=live, other=0)
+    lag = -(tl.load(phase + b * length + e, mask=live, other=0.0) * TICK).to(tl.int32)
+    m = tl.arange(0, MP)
+    centre = m.to(tl.float32)
+    edge = tl.zeros([BLOCK, MP], tl.float32) + tl.erf(-centre * SQRT_HALF)[None, :]
+    scale = width * 1.2533141373155003  # sqrt(pi / 2)
+    n = tl.zeros([BLOCK], tl.int32)
+    table = slot[:, None] * (taps * M) + m[None, :]
+    store = inside[:, None] & (m < M)[None, :]
+    for k in range(taps):
+        counts = (k < depth) & (lag.to(tl.float32) / TICK <= horizon)
+        n += counts.to(tl.int32)
+        t = e - k
+        step = tl.load(steps + b * length + t, mask=counts & (t >= 0), other=0)
+        if HALO:
+            step += tl.load(halo_steps + b * (taps - 1) + (taps - 1) + t, mask=counts & (t < 0), other=0).to(tl.int32)
+        lag = tl.minimum(lag + step, cap)
+        far = lag.to(tl.float32) / TICK
+        x = tl.minimum(tl.maximum(far, 0.0), horizon)[:, None] / width - centre[None, :]
+        next_edge = tl.erf(x * SQRT_HALF)
+        tl.store(mass + table + k * M, scale * (next_edge - edge), mask=store)
+        if LEARN:
+            density = tl.where((far >= 0.0)[:, None] & (far <= horizon)[:, None], tl.exp2(x * x * (-0.5 * LOG2E)), 0.0)
+            tl.store(slope + table + k * M, density, mask=store)
+        edge = next_edge
+    tl.store(taps_out + slot, n, mask=inside)
+
+
+@triton.jit
+def _wide(i):
+    """i as int64: offsets pass 2^31."""
+    return tl.zeros([], tl.int64) + i
+
+
+@triton.jit
+def _row(x, halo, b, t, d, stride_b, stride_l, rows, c, mask, HALO: tl.constexpr):
+    """Row t of x, or of the `rows` rows before x where t < 0, as float32; 0 where masked."""
+    value = tl.load(x + b * stride_b + _wide(t) * stride_l + c, mask=mask & (t >= 0), other=0.0).to(tl.float32)
+    if HALO:
+        before = halo + (b * rows + rows + t) * d + c
+        value += tl.load(before, mask=mask & (t < 0), other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _bases(basis, d, c, M: tl.constexpr):
+    out = ()
+    for m in tl.static_range(M):
+        out += (tl.load(basis + m * d + c, mask=c < d, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _zeros(M: tl.constexpr, BLOCK: tl.constexpr):
+    out = ()
+    for m in tl.static_range(M):
+        out += (tl.zeros([BLOCK], tl.float32),)
+    return out
+
+
+@triton.jit
+def _merge(
+    u, halo, emitter, taps_of, mass, basis, x, slots, d, taps, stride_b, stride_l, per_program,
+    HALO: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(d, BLOCK)
+    c, b = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) // blocks * per_program
+    rows = _bases(basis, d, c, M)
+    for j in range(first, tl.minimum(first + per_program, slots)):
+        slot = b * slots + j
+        n, e = tl.load(taps_of + slot), tl.load(emitter + slot)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n, CHUNK):
+            values = ()
+            for i in tl.static_range(CHUNK):  # all loads first, so that they are under way together
+                mask = (c < d) & (start + i < n)
+                values += (_row(u, halo, b, e - start - i, d, stride_b, stride_l, taps - 1, c, mask, HALO),)
+            for i in tl.static_range(CHUNK):
+                k = start + i
+                if k < n:
+                    w = tl.zeros([BLOCK], tl.float32) + tl.where(k == 0, 1.0, 0.0)
+                    for m in tl.static_range(M):
+                        w += tl.load(mass + (slot * taps + k) * M + m) * rows[m]
+                    total += w * values[i]
+        tl.store(x + slot * d + c, total.to(x.dtype.element_ty), mask=c < d)
+
+
+@triton.jit
+def _merge_backward_slots(
+    u, halo, grad_x, emitter, taps_of, mass, slope, basis, lag_parts, basis_parts,
+    batch, slots, d, taps, stride_b, stride_l, grad_b, grad_j, per_program,
+    HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Parts of grad_basis (B, programs, M, d), and of the gradient of each tap's interval (blocks of d, B, J, K)."""
+    blocks = tl.cdiv(d, BLOCK)
+    block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
+    c, first = block * BLOCK + tl.arange(0, BLOCK), chunk * per_program
+    rows = _bases(basis, d, c, M)
+    sums = _zeros(M, BLOCK)
+    for j in range(first, tl.minimum(first + per_program, slots)):
+        slot = b * slots + j
+        n, e = tl.load(taps_of + slot), tl.load(emitter + slot)
+        g = tl.load(grad_x + b * grad_b + _wide(j) * grad_j + c, mask=(c < d) & (n > 0), other=0.0).to(tl.float32)
+        # Oldest tap first: an interval moves the far lag of its own tap and both lags of the older ones.
+        older, moved = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n, CHUNK):
+            values = ()
+            for i in tl.static_range(CHUNK):
+                k = n - 1 - start - i
+                values += (_row(u, halo, b, e - k, d, stride_b, stride_l, taps - 1, c, (c < d) & (k >= 0), HALO),)
+            for i in tl.static_range(CHUNK):
+                k = n - 1 - start - i
+                if k >= 0:
+                    value, at = g * values[i], (slot * taps + k) * M
+                    grown = ()
+                    for m in tl.static_range(M):
+                        grown += (sums[m] + tl.load(mass + at + m) * value,)
+                    sums = grown
+                    if LEARN:
+                        w = tl.zeros([BLOCK], tl.float32)
+                        for m in tl.static_range(M):
+                            w += tl.load(slope + at + m) * rows[m]
+                        moved += w * (value - older)
+                        older = value
+                        part = ((block * batch + b) * slots + j) * taps + k
+                        tl.store(lag_parts + part, tl.sum(moved, 0))
+    chunks = tl.num_programs(0) // blocks
+    for m in tl.static_range(M):
+        tl.store(basis_parts + ((b * chunks + chunk) * M + m) * d + c, sums[m], mask=c < d)
+
+
+@triton.jit
+def _interval_backward(
+    newest, taps_of, cut, gate, lag_parts, grad_phase, covering, grad_logit,
+    batch, length, slots, taps, halo, reach, blocks, phase_b, phase_l, span,
+    LEARN: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Per token, those of the halo first: how many slots it counts in, and the gradient of its clock's logit.
+
+    The phase moves with the intervals since the last emission or cut, a slot's lags with those of its taps since the last
+    cut; so a token looks at the tokens after it.
+    """
+    p, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    t = p - halo
+    row = b * length
+    count, grad = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
+    open_phase = t >= 0
+    slot_before = tl.load(newest + row + t - 1, mask=(t > 0) & (t <= length), other=-1)
+    for k in range(reach):
+        l = t + k
+        valid = (l >= 0) & (l < length)
+        slot = tl.load(newest + row + l, mask=valid, other=-1)
+        fire = (slot > slot_before) & (slot < slots)
+        n = tl.load(taps_of + b * slots + slot, mask=fire & (k < taps), other=0)
+        member = k < n
+        count += member.to(tl.int32)
+        if LEARN:
+            last_cut = tl.load(cut + row + l, mask=valid, other=0)
+            moves = member & (t >= 0) & (t > last_cut)
+            for block in range(blocks):
+                part = ((block * batch + b) * slots + slot) * taps + k
+                grad += tl.load(lag_parts + part, mask=moves, other=0.0)
+            if PHASE:
+                open_phase = open_phase & valid & (slot == slot_before) & (last_cut != l)
+                grad += tl.load(grad_phase + b * phase_b + l.to(tl.int64) * phase_l, mask=open_phase, other=0.0)
+        slot_before = tl.where(valid, slot, slot_before)
+    inside = p < length + halo
+    tl.store(covering + b * (length + halo) + p, count, mask=inside)
+    if LEARN:
+        value = tl.load(gate + row + t, mask=inside & (t >= 0), other=0.0)
+        tl.store(grad_logit + row + t, grad * span * value * (1.0 - value), mask=inside & (t >= 0))
+
+
+@triton.jit
+def _merge_backward_tokens(
+    u, grad_x, emitter, newest, covering, mass, basis, weight, grad_logit, grad_u, grad_halo, clock_parts,
+    length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, out_b, out_l, halo, per_program,
+    HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """grad_u, and parts of the gradients of the clock's weight and bias (B, programs, d + 1)."""
+    blocks = tl.cdiv(d, BLOCK)
+    block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
+    c, first = block * BLOCK + tl.arange(0, BLOCK), chunk * per_program
+    rows = _bases(basis, d, c, M)
+    if LEARN:
+        w_clock = tl.load(weight + c, mask=c < d, other=0.0).to(tl.float32)
+    sums, logits = tl.zeros([BLOCK], tl.float32), tl.zeros([], tl.float32)
+    for p in range(first, tl.minimum(first + per_program, length + halo)):
+        t = p - halo
+        n = tl.load(covering + b * (length + halo) + p)
+        first_slot = tl.load(newest + b * length + t - 1, mask=t > 0, other=-1) + 1
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, n, CHUNK):
+            taps_back, values = (), ()
+            for i in tl.static_range(CHUNK):
+                j, counts = first_slot + start + i, start + i < n
+                taps_back += (tl.load(emitter + b * slots + j, mask=counts, other=0) - t,)
+                g = grad_x + b * grad_b + _wide(j) * grad_j + c
+                values += (tl.load(g, mask=(c < d) & counts, other=0.0).to(tl.float32),)
+            for i in tl.static_range(CHUNK):
+                if start + i < n:
+                    k = taps_back[i]
+                    at = mass + ((b * slots + first_slot + start + i) * taps + k) * M
+                    w = tl.zeros([BLOCK], tl.float32) + tl.where(k == 0, 1.0, 0.0)
+                    for m in tl.static_range(M):
+                        w += tl.load(at + m) * rows[m]
+                    total += w * values[i]
+        if LEARN:
+            g_logit = tl.load(grad_logit + b * length + t, mask=t >= 0, other=0.0)
+            value = tl.load(u + b * stride_b + _wide(t) * stride_l + c, mask=(c < d) & (t >= 0), other=0.0)
+            total += g_logit * w_clock
+            sums += g_logit * value.to(tl.float32)
+            logits += g_logit
+        tl.store(grad_u + b * out_b + _wide(t) * out_l + c, total.to(grad_u.dtype.element_ty), mask=(c < d) & (t >= 0))
+        if HALO:
+            tl.store(grad_halo + (b * halo + p) * d + c, total.to(grad_halo.dtype.element_ty), mask=(c < d) & (t < 0))
+    if LEARN:
+        out = clock_parts + (b * (tl.num_programs(0) // blocks) + chunk) * (d + 1)
+        tl.store(out + c, sums, mask=c < d)
+        if block == 0:
+            tl.store(out + d, logits)
+
+
+# ---- restoration -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _restore(
+    y, tail, newest, phase, count, n_live, basis, z, tail_out,
+    length, d, y_b, y_j, z_b, z_l, width, per_program,
+    TAIL: tl.constexpr, Q: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):
+    blocks, chunks = tl.cdiv(d, BLOCK), tl.cdiv(length, per_program)
+    c, b = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0) // blocks
+    mask = c < d
+    if chunk == chunks:  # one program more per block of d: the tail after y
+        for q in range(Q):
+            j = tl.load(n_live + b) - Q + q
+            value = _row(y, tail, b, j, d, y_b, y_j, Q, c, mask, TAIL)
+            tl.store(tail_out + (b * Q + q) * d + c, value.to(tail_out.dtype.element_ty), mask=mask)
+    else:
+        rows = _bases(basis, d, c, M)
+        for l in range(chunk * per_program, tl.minimum((chunk + 1) * per_program, length)):
+            n, known = tl.load(newest + b * length + l), tl.load(count + b * length + l)
+            lag = tl.load(phase + b * length + l) / width
+            total = tl.zeros([BLOCK], tl.float32)
+            for k in tl.static_range(Q):
+                value = _row(y, tail, b, n - k, d, y_b, y_j, Q, c, mask & (k < known), TAIL)
+                w = tl.zeros([BLOCK], tl.float32) + (1.0 if k == 0 else 0.0)
+                for m in tl.static_range(M):
+                    s = lag + (k / width - m)
+                    w += tl.exp2(s * s * (-0.5 * LOG2E)) * rows[m]
+                total += w * value
+            tl.store(z + b * z_b + _wide(l) * z_l + c, total.to(z.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _first_token(emitter, row, slot, n_live, length):
+    """Of slot `slot`: where it begins to be the newest; 0 before the row's own slots, length past the last in use."""
+    e = tl.load(emitter + row + slot, mask=(slot >= 0) & (slot < n_live), other=0)
+    return tl.where(slot < n_live, e, length)
+
+
+@triton.jit
+def _restore_backward(
+    y, tail, grad_z, grad_tail_out, newest, phase, count, emitter, n_live_of, basis, grad_y, grad_tail, phase_parts, basis_parts,
+    batch, length, slots, d, y_b, y_j, z_b, z_l, width, per_program,
+    TAIL: tl.constexpr, TAIL_OUT: tl.constexpr, LEARN: tl.constexpr, Q: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Slots, those of the tail first, each summing over the tokens that read it. Parts of grad_basis (B, programs, M, d) and
+    of grad_phase (Q, blocks of d, B, L), the latter 0 where no slot is read."""
+    blocks = tl.cdiv(d, BLOCK)
+    block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    mask = c < d
+    rows = _bases(basis, d, c, M)
+    sums = _zeros(M, BLOCK)
+    n_live = tl.load(n_live_of + b).to(tl.int32)
+    older = Q if TAIL else 0
+    first = chunk * per_program - older
+    for j in range(first, tl.minimum(first + per_program, slots)):
+        lo = _first_token(emitter, b * slots, j, n_live, length)
+        hi = _first_token(emitter, b * slots, j + Q, n_live, length)
+        held = _row(y, tail, b, j, d, y_b, y_j, Q, c, mask & (j < n_live), TAIL)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(lo, hi, CHUNK):
+            elements, known, lags, values = (), (), (), ()
+            for i in tl.static_range(CHUNK):
+                l, inside = start + i, start + i < hi
+                at = b * length + l
+                elements += (tl.load(newest + at, mask=inside, other=0) - j,)
+                known += (tl.load(count + at, mask=inside, other=0),)
+                lags += (tl.load(phase + at, mask=inside, other=0.0),)
+                g = grad_z + b * z_b + _wide(l) * z_l + c
+                values += (tl.load(g, mask=mask & inside, other=0.0).to(tl.float32),)
+            for i in tl.static_range(CHUNK):
+                k = elements[i]
+                if (start + i < hi) & (k < known[i]):
+                    lag, product = (lags[i] + k) / width, values[i] * held
+                    w = tl.zeros([BLOCK], tl.float32) + tl.where(k == 0, 1.0, 0.0)
+                    dw = tl.zeros([BLOCK], tl.float32)
+                    grown = ()
+                    for m in tl.static_range(M):
+                        s = lag - m
+                        value = tl.exp2(s * s * (-0.5 * LOG2E))
+                        grown += (sums[m] + value * product,)
+                        w += value * rows[m]
+                        if LEARN:
+                            dw -= (value * s) * rows[m]
+                    sums = grown
+                    total += w * values[i]
+                    if LEARN:
+                        part = ((k * blocks + block) * batch + b) * length + start + i
+                        tl.store(phase_parts + part, tl.sum(dw * product, 0) / width)
+        if TAIL_OUT:
+            q = j + Q - n_live
+            handed = (q >= 0) & (q < Q)
+            total += tl.load(grad_tail_out + (b * Q + q) * d + c, mask=mask & handed, other=0.0).to(tl.float32)
+        tl.store(grad_y + (b * slots + j) * d + c, total.to(grad_y.dtype.element_ty), mask=mask & (j >= 0))
+        if TAIL:
+            tl.store(grad_tail + (b * Q + Q + j) * d + c, total.to(grad_tail.dtype.element_ty), mask=mask & (j < 0))
+    chunks = tl.num_programs(0) // blocks
+    for m in tl.static_range(M):
+        tl.store(basis_parts + ((b * chunks + chunk) * M + m) * d + c, sums[m], mask=mask)
+
+
+# ---- on the host -------------------------------------------------------------------------------------------------------
+
+
+def _strides(x: Tensor) -> tuple[Tensor, int, int]:
+    """x (B, S, d) with its last dimension contiguous, and its other strides; those of a dimension of 1 as if contiguous,
+    so that equal rows always meet the same kernel."""
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        x = x.contiguous()
+    inner = x.stride(1) if x.shape[1] > 1 else x.shape[2]
+    return x, x.stride(0) if x.shape[0] > 1 else inner * x.shape[1], inner
+
+
+def _block(d: int, largest: int) -> int:
+    """Channels per program: a power of two that wastes little of the last block."""
+    block = min(largest, max(16, triton.next_power_of_2(d)))
+    while block > 128 and d % block and -d % block > d // 8:
+        block //= 2
+    return block
+
+
+def _chunk(sampling: Sampling) -> int:
+    """Taps loaded at once: as many as a window holds at the target rate, and one."""
+    return min(sampling.window_taps, 8, math.ceil(sampling.horizon * TICKS / sampling.rate) + 2)
+
+
+def run_clock(
+    u: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int, carry: Carry | None
+) -> tuple[Clock, Tensor, Tensor, Tensor, Tensor]:
+    """The clock, its slots still without their documents (`_windows` fills those in); dev and position after the last token;
+    per token the ticks it asks for and the sigmoid behind them (B, L)."""
+    (batch, length, d), ints = u.shape, dict(dtype=torch.int32, device=u.device)
+    u, stride_b, stride_l = _strides(u)
+    learn = weight is not None
+    asked = gate = torch.empty(0, **ints)
+    if learn:
+        asked, gate = torch.empty(batch, length, **ints), torch.empty(batch, length, device=u.device)
+        _intervals[(triton.cdiv(length, ROWS), batch)](
+            u, weight, bias, asked, gate, length, d, stride_b, stride_l, sampling.low, sampling.high - sampling.low,
+            ROWS=ROWS, BLOCK=min(ROW_BLOCK, triton.next_power_of_2(d)), num_warps=4,
+        )
+    per_token = torch.empty(5, batch, length, **ints)
+    newest, reach, count, steps, cut = per_token.unbind(0)
+    phase = torch.empty(batch, length, device=u.device)
+    emitter, since_reset = torch.empty(batch, slots, **ints), torch.empty(batch, slots, dtype=torch.int64, device=u.device)
+    n_live, dev, position = torch.empty(3, batch, dtype=torch.int64, device=u.device).unbind(0)
+    segments, block = triton.cdiv(length, SEGMENT), min(CLOCK_BLOCK, max(16, triton.next_power_of_2(length)))
+    options = dict(BLOCK=block, num_warps=4 if block < 1024 else 8)
+    slot_part, cut_part, elements, maps, totals = newest, cut, since_reset, n_live, n_live
+    if segments > 1:
+        slot_part, cut_part = torch.empty(2, batch, length, **ints).unbind(0)
+        elements = torch.empty(batch, length, dtype=torch.int64, device=u.device)
+        maps = torch.empty(batch, segments, 4, dtype=torch.int64, device=u.device)
+        totals = torch.empty(batch, segments, 2, **ints)
+        _segment_maps[(segments, batch)](
+            asked, reset, maps, length, SEGMENT, sampling.rate, sampling.band, LEARN=learn, **options
+        )
+    _clock[(segments, batch)](
+        asked, reset, *((n_live, n_live) if carry is None else (carry.dev.contiguous(), carry.position.contiguous())), maps,
+        emitter, elements, slot_part, reach, count, phase, steps, cut_part, n_live, dev, position, totals,
+        length, slots, SEGMENT, sampling.rate, sampling.band, sampling.window_taps, sampling.readout_taps,
+        LEARN=learn, CARRY=carry is not None, SPLIT=segments > 1, **options,
+    )
+    if segments > 1:
+        _join_segments[(triton.cdiv(length, block), batch)](
+            slot_part, cut_part, elements, totals, newest, cut, emitter, since_reset, n_live,
+            length, slots, SEGMENT, segments, **options,
+        )
+    live, slot_reset = torch.empty(2, batch, slots, dtype=torch.bool, device=u.device).unbind(0)
+    clock = Clock(emitter, live, slot_reset, since_reset, n_live, newest, reach, count, phase, steps, cut)
+    return clock, dev, position, asked, gate
+
+
+def compress_forward(
+    u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
+    carry: Carry | None = None, per_program: int = 8, largest_block: int = 256,
+) -> tuple[Tensor, Clock, Tensor, Tensor, tuple[Tensor, ...]]:
+    """x, the clock, dev and position after the last token, and (taps, mass, slope, gate) for the backward pass."""
+    (batch, length, d), bases, taps = u.shape, len(basis), sampling.window_taps
+    if abs(sampling.band) > CLOCK_BLOCK << TICK_BITS:
+        raise ValueError(f"the clock's band must be at most {CLOCK_BLOCK} grid steps")
+    reset, basis = reset.contiguous(), basis.contiguous()
+    clock, dev, position, _, gate = run_clock(u, weight, bias, reset, sampling, slots, carry)
+    taps_of = torch.empty(batch, slots, dtype=torch.int32, device=u.device)
+    mass, slope = torch.empty(2, batch, slots, taps, bases, device=u.device).unbind(0)
+    block = min(32, triton.next_power_of_2(slots))
+    halo_steps = clock.steps if carry is None else carry.steps.contiguous()
+    _windows[(triton.cdiv(slots, block), batch)](
+        clock.emitter, clock.n_live, reset, clock.reach, clock.phase, clock.steps, halo_steps,
+        clock.since_reset, clock.live, clock.reset, taps_of, mass, slope,
+        length, slots, taps, sampling.window_width, sampling.horizon, math.ceil(sampling.horizon * TICKS) + TICKS,
+        HALO=carry is not None, LEARN=weight is not None, M=bases, MP=triton.next_power_of_2(bases), BLOCK=block, num_warps=4,
+    )
+    x = torch.empty(batch, slots, d, dtype=u.dtype, device=u.device)
+    u, stride_b, stride_l = _strides(u)
+    halo, block = u if carry is None else carry.tokens.contiguous(), _block(d, largest_block)
+    _merge[(triton.cdiv(d, block) * triton.cdiv(slots, per_program), batch)](
+        u, halo, clock.emitter, taps_of, mass, basis, x, slots, d, taps, stride_b, stride_l, per_program,
+        HALO=carry is not None, M=bases, CHUNK=_chunk(sampling), BLOCK=block, num_warps=1,
+    )
+    return x, clock, dev, position, (taps_of, mass, slope, gate)
+
+
+def compress_backward(
+    grad_x: Tensor, grad_phase: Tensor | None, u: Tensor, halo: Tensor | None, basis: Tensor, weight: Tensor | None,
+    clock: Clock, saved: tuple[Tensor, ...], sampling: Sampling, out: Tensor | None = None,
+    slots_per_program: int = 8, tokens_per_program: int = 16, largest_block: int = 256,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u (into `out`, which may be strided, if given), halo, basis, weight and bias."""
+    taps_of, mass, slope, gate = saved
+    (batch, length, d), slots, bases, taps = u.shape, grad_x.shape[1], len(basis), sampling.window_taps
+    floats, learn, has_halo = dict(dtype=torch.float32, device=u.device), weight is not None, halo is not None
+    u, stride_b, stride_l = _strides(u)
+    grad_x, grad_b, grad_j = _strides(grad_x)
+    basis, block = basis.contiguous(), _block(d, largest_block)
+    blocks, chunks = triton.cdiv(d, block), triton.cdiv(slots, slots_per_program)
+    older = halo if has_halo else u
+    lag_parts = torch.empty((blocks, batch, slots, taps) if learn else 0, **floats)
+    basis_parts = torch.empty(batch * chunks, bases, d, **floats)
+    _merge_backward_slots[(blocks * chunks, batch)](
+        u, older, grad_x, clock.emitter, taps_of, mass, slope, basis, lag_parts, basis_parts,
+        batch, slots, d, taps, stride_b, stride_l, grad_b, grad_j, slots_per_program,
+        HALO=has_halo, LEARN=learn, M=bases, CHUNK=_chunk(sampling), BLOCK=block, num_warps=1,
+    )
+    before = taps - 1 if has_halo else 0
+    covering = torch.empty(batch, before + length, dtype=torch.int32, device=u.device)
+    grad_logit = torch.empty((batch, length) if learn else 0, **floats)
+    phase_strides = (0, 0) if grad_phase is None else grad_phase.stride()
+    # No clock runs longer than 1 / low tokens between emissions.
+    reach = max(taps, math.ceil(1 / sampling.low) + 1) if learn else taps
+    _interval_backward[(triton.cdiv(before + length, 128), batch)](
+        clock.newest, taps_of, clock.cut, gate, lag_parts, mass if grad_phase is None else grad_phase, covering, grad_logit,
+        batch, length, slots, taps, before, reach, blocks, *phase_strides, sampling.high - sampling.low,
+        LEARN=learn, PHASE=grad_phase is not None, BLOCK=128, num_warps=4,
+    )
+    grad_u = torch.empty(batch, length, d, dtype=u.dtype, device=u.device) if out is None else out
+    grad_halo = torch.empty_like(older) if has_halo else None
+    chunks = triton.cdiv(before + length, tokens_per_program)
+    clock_parts = torch.empty((batch * chunks, d + 1) if learn else 0, **floats)
+    _, out_b, out_l = _strides(grad_u)
+    _merge_backward_tokens[(blocks * chunks, batch)](
+        u, grad_x, clock.emitter, clock.newest, covering, mass, basis, weight if learn else basis, grad_logit,
+        grad_u, grad_halo if has_halo else grad_u, clock_parts,
+        length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, out_b, out_l, before, tokens_per_program,
+        HALO=has_halo, LEARN=learn, M=bases, CHUNK=2, BLOCK=block, num_warps=1,
+    )
+    grad_basis = basis_parts.sum(0).to(basis.dtype)
+    if not learn:
+        return grad_u, grad_halo, grad_basis, None, None
+    grad_clock = clock_parts.sum(0).to(weight.dtype)
+    return grad_u, grad_halo, grad_basis, grad_clock[:d], grad_clock[d:]
+
+
+class _Compress(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, halo, basis, weight, bias, reset, sampling, slots, carry):
+        ctx.set_materialize_grads(False)
+        halo = None if carry is None else halo.contiguous()
+        carry = None if carry is None else carry._replace(tokens=halo)
+        x, clock, dev, position, saved = compress_forward(u, basis, weight, bias, reset, sampling, slots, carry)
+        ctx.save_for_backward(u, halo, basis, weight, *saved, *clock)
+        ctx.sampling = sampling
+        fixed = [v for name, v in clock._asdict().items() if name != "phase" or weight is None]
+        ctx.mark_non_differentiable(dev, position, *fixed)
+        return x, dev, position, *clock
+
+    @staticmethod
+    def backward(ctx, grad_x, _dev, _position, *grad_clock):
+        u, halo, basis, weight, *rest = ctx.saved_tensors
+        saved, clock = rest[:4], Clock(*rest[4:])
+        if grad_x is None:
+            grad_x = torch.zeros(len(u), clock.emitter.shape[1], u.shape[2], dtype=u.dtype, device=u.device)
+        grad_phase = Clock(*grad_clock).phase
+        grads = compress_backward(grad_x, grad_phase, u, halo, basis, weight, clock, saved, ctx.sampling)
+        return *grads, None, None, None, None
+
+
+def compress(
+    u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
+    carry: Carry | None = None,
+) -> tuple[Tensor, Clock, Carry]:
+    halo = None if carry is None else carry.tokens.to(u.dtype)
+    x, dev, position, *clock = _Compress.apply(u, halo, basis, weight, bias, reset, sampling, slots, carry)
+    clock = Clock(*clock)
+    return x, clock, hand_on(u, clock.steps, dev, position, sampling, carry)
+
+
+def decompress_forward(
+    y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling, tail: Tensor | None = None, out: Tensor | None = None,
+    per_program: int = 8, largest_block: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """z (into `out`, which may be strided, if given) and the tail after y."""
+    (batch, _, d), length, taps = y.shape, clock.newest.shape[1], sampling.readout_taps
+    z = torch.empty(batch, length, d, dtype=y.dtype, device=y.device) if out is None else out
+    tail_out = torch.empty(batch, taps, d, dtype=y.dtype, device=y.device)
+    y, y_b, y_j = _strides(y)
+    _, z_b, z_l = _strides(z)
+    block = _block(d, largest_block)
+    _restore[(triton.cdiv(d, block) * (triton.cdiv(length, per_program) + 1), batch)](
+        y, y if tail is None else tail, clock.newest, clock.phase, clock.count, clock.n_live, basis.contiguous(), z, tail_out,
+        length, d, y_b, y_j, z_b, z_l, sampling.readout_width, per_program,
+        TAIL=tail is not None, Q=taps, M=len(basis), BLOCK=block, num_warps=1,
+    )
+    return z, tail_out
+
+
+def decompress_backward(
+    grad_z: Tensor, grad_tail_out: Tensor | None, y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling,
+    tail: Tensor | None = None, learn: bool = True, per_program: int = 8, largest_block: int = 256,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of y, basis, tail and, if the clock learns, of the phase (B, L). grad_z (B, L, d) may be strided."""
+    (batch, slots, d), length, taps, bases = y.shape, clock.newest.shape[1], sampling.readout_taps, len(basis)
+    y, y_b, y_j = _strides(y)
+    grad_z, z_b, z_l = _strides(grad_z)
+    block = _block(d, largest_block)
+    blocks, before = triton.cdiv(d, block), 0 if tail is None else taps
+    chunks = triton.cdiv(before + slots, per_program)
+    grad_y = torch.empty(batch, slots, d, dtype=y.dtype, device=y.device)
+    grad_tail = None if tail is None else torch.empty_like(tail)
+    phase_parts = torch.zeros((taps * blocks, batch, length) if learn else 0, device=y.device)
+    basis_parts = torch.empty(batch * chunks, bases, d, device=y.device)
+    _restore_backward[(blocks * chunks, batch)](
+        y, y if tail is None else tail, grad_z, y if grad_tail_out is None else grad_tail_out.contiguous(),
+        clock.newest, clock.phase, clock.count, clock.emitter, clock.n_live, basis.contiguous(),
+        grad_y, grad_y if tail is None else grad_tail, phase_parts, basis_parts,
+        batch, length, slots, d, y_b, y_j, z_b, z_l, sampling.readout_width, per_program,
+        TAIL=tail is not None, TAIL_OUT=grad_tail_out is not None, LEARN=learn, Q=taps, M=bases, CHUNK=2, BLOCK=block,
+        num_warps=1,
+    )
+    return grad_y, basis_parts.sum(0).to(basis.dtype), grad_tail, phase_parts.sum(0) if learn else None
+
+
+class _Decompress(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, tail, basis, phase, clock, sampling):
+        ctx.set_materialize_grads(False)
+        z, tail_out = decompress_forward(y, basis, clock, sampling, tail)
+        ctx.save_for_backward(y, tail, basis, clock.newest, phase, clock.count, clock.emitter, clock.n_live)
+        ctx.sampling = sampling
+        return z, tail_out
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_tail_out):
+        y, tail, basis, newest, phase, count, emitter, n_live = ctx.saved_tensors
+        clock = Clock(emitter, None, None, None, n_live, newest, None, count, phase, None, None)
+        if grad_z is None:
+            grad_z = torch.zeros(*newest.shape, y.shape[2], dtype=y.dtype, device=y.device)
+        grad_y, grad_basis, grad_tail, grad_phase = decompress_backward(
+            grad_z, grad_tail_out, y, basis, clock, ctx.sampling, tail, learn=ctx.needs_input_grad[3]
+        )
+        return grad_y, grad_tail, grad_basis, grad_phase, None, None
+
+
+def decompress(
+    y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling, tail: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    tail = None if tail is None else tail.to(y.dtype).contiguous()
+    return _Decompress.apply(y, tail, basis, clock.phase, clock._replace(phase=clock.phase.detach()), sampling)
