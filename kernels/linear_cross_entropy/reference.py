@@ -5,9 +5,12 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a token that does not count
+CHUNK = 2048  # tokens at a time, if the caller does not say
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int = 2048) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden weight^T)[label], labels equal to -100 left out.
 
     hidden (T, d); weight (V, d) with V >= vocab_size, rows from vocab_size on are padding and get no probability;
@@ -16,13 +19,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_s
     """
     if not torch.is_grad_enabled():
         return linear_token_nll(hidden, weight, labels, vocab_size, chunk).sum()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, _matmul_dtype(hidden))
+    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk or CHUNK, matmul_dtype(hidden))
 
 
 @torch.no_grad()
-def linear_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int = 2048) -> Tensor:
+def linear_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None) -> Tensor:
     """The same per token, without gradients: (T,), 0 where the label is -100."""
-    dtype = _matmul_dtype(hidden)
+    dtype, chunk = matmul_dtype(hidden), chunk or CHUNK
     w = weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         parts = [
@@ -32,7 +35,7 @@ def linear_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size:
     return torch.cat(parts)
 
 
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
