@@ -57,7 +57,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=
     reset, live = _flags(reset), _flags(live)
     initial_state = None if initial_state is None else initial_state.float().contiguous()
     kernels = _kernels(x.device, d_state)
-    segments, size = _segments(batch, length, kernels.programs(d_inner, "forward"), x.device)
+    segments, size = _segments(batch, length, -(-d_inner // kernels.channels), x.device)
     y = x.new_empty(batch, length, d_inner)
     final, kept = _states(x, batch, d_inner, d_state), _states(x, batch, -(-length // KEEP), d_inner, d_state)
     local, span = _segment_states(final, segments)
@@ -83,7 +83,7 @@ def backward(
     reset, live = _flags(reset), _flags(live)
     grad_final = None if grad_final is None else grad_final.float().contiguous()
     kernels = _kernels(x.device, d_state)
-    programs = kernels.programs(d_inner, "backward")
+    programs = -(-d_inner // kernels.channels)
     segments, size = _segments(batch, length, programs, x.device)
     grad_x, grad_dt, grad_z = (
         torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
@@ -146,9 +146,9 @@ def _strides(*tensors: Tensor):
 
 
 def _segments(batch: int, length: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """(segments, tokens of one): as many as give every scheduler of the device a warp, no more, since a second one means a
-    second pass over most of the sequence."""
-    wanted = 4 * _multiprocessors(device) / (batch * programs)
+    """(segments, tokens of one): as many as give every scheduler of the device two warps, no more, since a second
+    segment means a second pass over most of the sequence."""
+    wanted = 8 * _multiprocessors(device) / (batch * programs)
     segments = 1 if wanted < 1.7 else min(round(wanted), max(1, length // (4 * KEEP)))
     size = -(-length // segments)
     size = -(-size // KEEP) * KEEP  # kept states lie at multiples of KEEP
@@ -169,38 +169,36 @@ def _kernels(device: torch.device, d_state: int):
 
 
 class GluonKernels:
-    """Launches of the kernels in `gluon.py`. lanes: of a channel, forward; channels: of a lane, backward."""
+    """Launches of the kernels in `gluon.py`."""
 
-    def __init__(self, d_state: int, lanes: int = 2, tile: int = 32, unroll: int = 8, channels: int = 2, unroll_back: int = 2):
+    channels = 16  # of a program
+
+    def __init__(self, d_state: int):
         from . import gluon
 
-        self.module, self.d_state, self.tile, self.unroll, self.unroll_back = gluon, d_state, tile, unroll, unroll_back
-        self.lanes, self.channels = lanes, channels
-        self.width, self.width_back = 32 // lanes, 8 * channels  # channels of a program
-
-    def programs(self, d_inner: int, which: str) -> int:
-        return -(-d_inner // (self.width if which == "forward" else self.width_back))
+        self.module, self.d_state = gluon, d_state
+        self.layouts = dict(STATES_LAYOUT=gluon.states_layout(d_state), PARTS_LAYOUT=gluon.parts_layout(d_state, 4))
 
     def forward(self, grid, local_pass: bool, arguments) -> None:
-        d_inner, reset, live, h0 = arguments[17], arguments[11], arguments[12], arguments[8]
-        self.module.scan_forward[(self.programs(d_inner, "forward"), *grid)](
-            *arguments, N=self.d_state, NL=self.lanes, T=self.tile, U=self.unroll, KEEP=KEEP, LOCAL_PASS=local_pass,
-            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.width == 0, num_warps=1,
+        x, h0, reset, live, d_inner = arguments[0], arguments[8], arguments[11], arguments[12], arguments[17]
+        self.module.scan_forward[(-(-d_inner // self.channels), *grid)](
+            *arguments, N=self.d_state, T=KEEP, KEEP=KEEP, LOCAL_PASS=local_pass, EXACT=x.dtype == torch.float32,
+            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
     def gradient_state(self, grid, arguments) -> None:
-        d_inner, reset, live = arguments[11], arguments[6], arguments[7]
-        self.module.scan_gradient_state[(self.programs(d_inner, "forward"), *grid)](
-            *arguments, N=self.d_state, NL=self.lanes, T=self.tile, U=self.unroll,
-            HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.width == 0, num_warps=1,
+        reset, live, d_inner = arguments[6], arguments[7], arguments[11]
+        self.module.scan_gradient_state[(-(-d_inner // self.channels), *grid)](
+            *arguments, N=self.d_state, T=KEEP, U=8, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+            FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
     def backward(self, grid, arguments) -> None:
-        d_inner, reset, live, final = arguments[24], arguments[10], arguments[11], arguments[13]
-        self.module.scan_backward[(self.programs(d_inner, "backward"), *grid)](
-            *arguments, N=self.d_state, R=self.channels, T=16, U=4, UB=self.unroll_back, SUB=KEEP // 16,
-            STATES_LAYOUT=self.module.states_layout(self.d_state, self.channels), HAS_FINAL=final is not None,
-            HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.width_back == 0, num_warps=1,
+        reset, live, final, d_inner = arguments[10], arguments[11], arguments[13], arguments[24]
+        self.module.scan_backward[(-(-d_inner // self.channels), *grid)](
+            *arguments, N=self.d_state, T=KEEP, **self.layouts, HAS_FINAL=final is not None,
+            HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+            FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
 
@@ -212,25 +210,22 @@ class PlainKernels:
     def __init__(self, d_state: int):
         self.constants = dict(N=d_state, NP=triton.next_power_of_2(d_state), BD=self.channels)
 
-    def programs(self, d_inner: int, which: str) -> int:
-        return -(-d_inner // self.channels)
-
     def forward(self, grid, local_pass: bool, arguments) -> None:
         d_inner, reset, live, h0 = arguments[17], arguments[11], arguments[12], arguments[8]
-        _scan_forward[(self.programs(d_inner, "forward"), *grid)](
+        _scan_forward[(-(-d_inner // self.channels), *grid)](
             *arguments, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass, HAS_H0=h0 is not None, HAS_RESET=reset is not None,
             HAS_LIVE=live is not None, num_warps=1,
         )
 
     def gradient_state(self, grid, arguments) -> None:
         d_inner, reset, live = arguments[11], arguments[6], arguments[7]
-        _scan_gradient_state[(self.programs(d_inner, "backward"), *grid)](
+        _scan_gradient_state[(-(-d_inner // self.channels), *grid)](
             *arguments, **self.constants, HAS_RESET=reset is not None, HAS_LIVE=live is not None, num_warps=1,
         )
 
     def backward(self, grid, arguments) -> None:
         d_inner, reset, live, final, kept = arguments[24], arguments[10], arguments[11], arguments[13], arguments[12]
-        programs = self.programs(d_inner, "backward")
+        programs = -(-d_inner // self.channels)
         states = _states(kept, programs, *grid, KEEP + 1, self.channels, self.constants["NP"])
         _scan_backward[(programs, *grid)](
             *arguments, states, **self.constants, KEEP=KEEP, HAS_FINAL=final is not None, HAS_RESET=reset is not None,
