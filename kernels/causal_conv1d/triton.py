@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 CHUNK = tl.constexpr(4)  # at least W-1: a loop that carries a row past one turn is not pipelined
 FILLING_WARPS = 2112  # 16 on each multiprocessor of an H200
@@ -93,7 +95,7 @@ def _halo_slot_kept(since_reset, last, b, length, lag):
 
 
 @triton.jit
-def _forward(
+def _conv1d_forward(
     x, weight, bias, since_reset, halo, n_live, y, halo_out, x_b, x_l, length, d_inner, n_segments,
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, WALKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -204,7 +206,7 @@ def _walk_back(
 
 
 @triton.jit
-def _backward(
+def _conv1d_backward(
     grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, grad_x, grad_halo, partial,
     gy_b, gy_l, x_b, x_l, gx_b, gx_l, length, d_inner, n_segments,
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, WALKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -259,8 +261,7 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
 def _launch(x: Tensor, width: int, walks: int, block: int | None, steps: int | None) -> tuple[int, int, dict]:
     """Segments of a sequence, programs, and the constants of both kernels."""
     batch, length, d_inner = x.shape
-    if block is None:
-        block = min(triton.next_power_of_2(d_inner), 512 // x.element_size())  # 16 bytes a lane
+    block = min(triton.next_power_of_2(d_inner), block or 512 // x.element_size())  # 16 bytes a lane
     blocks = triton.cdiv(d_inner, block)
     if steps is None:  # long walks repeat fewer tokens at their ends, short ones make enough programs to fill a device
         steps = 64
@@ -286,7 +287,8 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     halo_out = torch.empty(batch, width - 1, d_inner, dtype=x.dtype, device=x.device)
     segments, programs, constants = _launch(x, width, walks, block, steps)
-    _forward[(programs,)](
+    launch(
+        _conv1d_forward, (programs,),
         x, weight, bias, since_reset, halo, n_live, y, halo_out, x.stride(0), x.stride(1), length, d_inner, segments,
         STAGES=stages, **constants,
     )
@@ -296,7 +298,7 @@ def forward(
 def backward(
     grad_y: Tensor, grad_halo_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
     since_reset: Tensor | None = None, halo: Tensor | None = None, n_live: Tensor | None = None, out: Tensor | None = None,
-    *, walks: int = 2, block: int | None = None, steps: int | None = None, stages: int = 2, registers: int | None = 200,
+    *, walks: int = 1, block: int | None = 128, steps: int | None = None, stages: int = 2, registers: int | None = 128,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients to x, weight, bias and halo (None if there is none) of the gradients to the two outputs of `forward`.
 
@@ -311,7 +313,8 @@ def backward(
     grad_halo = None if halo is None else torch.empty_like(halo)
     segments, programs, constants = _launch(x, width, walks, block, steps)
     partial = torch.empty(batch * segments, (width + 1) * d_inner, dtype=torch.float32, device=x.device)
-    _backward[(programs,)](
+    launch(
+        _conv1d_backward, (programs,),
         grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, grad_x, grad_halo, partial,
         grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), grad_x.stride(0), grad_x.stride(1),
         length, d_inner, segments, STAGES=stages, maxnreg=registers, **constants,

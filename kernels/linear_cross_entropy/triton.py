@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 from .reference import IGNORE, matmul_dtype
 
 LOGITS_BYTES = 512 << 20  # of one chunk; 4096 tokens of a 50k vocabulary fill all SMs in each of the three products
@@ -106,7 +108,8 @@ def logits_to_gradient(
     """nll (t,) = logsumexp(logits) - logits[label]; with gradient, logits (t, V) become d nll / d logits, in place."""
     vector = 16 // logits.element_size()
     if len(logits):
-        _logits_to_gradient[(len(logits),)](
+        launch(
+            _logits_to_gradient, (len(logits),),
             logits, labels, nll, logits.shape[1], vocab_size, logits.stride(0), labels.stride(0),
             IGNORE=IGNORE, GRADIENT=gradient, BLOCK=block, VECTOR=vector, LOG2E=LOG2E, num_warps=num_warps,
         )

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 LANE_ELEMENTS = 16  # of a row, per thread: few enough that backward keeps 16 warps on a multiprocessor
 BACKWARD_WARPS = 2112  # at most: 16 on each of 132 multiprocessors; more would only mean more partial sums
 
 
 @triton.jit
-def _forward(x, residual, weight, normalised, h_out, rstd_out, x_row, residual_row, d, eps, BLOCK: tl.constexpr):
+def _rms_norm_forward(x, residual, weight, normalised, h_out, rstd_out, x_row, residual_row, d, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < d
@@ -28,7 +30,7 @@ def _forward(x, residual, weight, normalised, h_out, rstd_out, x_row, residual_r
 
 
 @triton.jit
-def _backward(
+def _rms_norm_backward(
     grad, grad_h, h, rstd, weight, grad_residual, grad_x, partial, grad_row, grad_h_row, h_row, grad_x_row,
     n_rows, d, rows_each, BLOCK: tl.constexpr,
 ):
@@ -84,7 +86,8 @@ def forward(
     normalised = torch.empty(x.shape, dtype=out_dtype or torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     block, warps = _block_and_warps(d)
-    _forward[(rows,)](
+    launch(
+        _rms_norm_forward, (rows,),
         flat, before, weight, normalised, None if alone else h, rstd, flat.stride(0), _row_stride(before), d, eps,
         BLOCK=block, num_warps=num_warps or warps,
     )
@@ -110,7 +113,8 @@ def backward(
     rows_each = max(triton.cdiv(rows, programs or BACKWARD_WARPS // warps), 1)
     programs = triton.cdiv(rows, rows_each)
     partial = torch.empty(programs, d, dtype=torch.float32, device=h.device)
-    _backward[(programs,)](
+    launch(
+        _rms_norm_backward, (programs,),
         grad, beside, flat, rstd, weight, grad_residual, into, partial,
         grad.stride(0), _row_stride(beside), flat.stride(0), _row_stride(into), rows, d, rows_each,
         BLOCK=block, num_warps=num_warps or warps,

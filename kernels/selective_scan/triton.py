@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 KEEP = 32  # tokens from one kept state to the next
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -108,7 +110,8 @@ def backward(
          length, d_inner, segments, size, batch, *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z)),
     )
     rows = 32
-    _scan_add_parts[(triton.cdiv(batch * length, rows),)](
+    launch(
+        _scan_add_parts, (triton.cdiv(batch * length, rows),),
         part_bc, grad_B, grad_C, programs, batch * length, length, *_strides(grad_B, grad_C), N=d_state,
         NP=triton.next_power_of_2(d_state), ROWS=rows,
     )
@@ -181,21 +184,24 @@ class GluonKernels:
 
     def forward(self, grid, local_pass: bool, arguments) -> None:
         x, h0, reset, live, d_inner = arguments[0], arguments[8], arguments[11], arguments[12], arguments[17]
-        self.module.scan_forward[(-(-d_inner // self.channels), *grid)](
+        launch(
+            self.module.scan_forward, (-(-d_inner // self.channels), *grid),
             *arguments, N=self.d_state, T=KEEP, KEEP=KEEP, LOCAL_PASS=local_pass, EXACT=x.dtype == torch.float32,
             HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
     def gradient_state(self, grid, arguments) -> None:
         reset, live, d_inner = arguments[6], arguments[7], arguments[11]
-        self.module.scan_gradient_state[(-(-d_inner // self.channels), *grid)](
+        launch(
+            self.module.scan_gradient_state, (-(-d_inner // self.channels), *grid),
             *arguments, N=self.d_state, T=KEEP, U=8, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
             FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
     def backward(self, grid, arguments) -> None:
         reset, live, final, d_inner = arguments[10], arguments[11], arguments[13], arguments[24]
-        self.module.scan_backward[(-(-d_inner // self.channels), *grid)](
+        launch(
+            self.module.scan_backward, (-(-d_inner // self.channels), *grid),
             *arguments, N=self.d_state, T=KEEP, **self.layouts, HAS_FINAL=final is not None,
             HAS_RESET=reset is not None, HAS_LIVE=live is not None,
             FULL=d_inner % self.channels == 0, num_warps=1,
@@ -212,14 +218,16 @@ class PlainKernels:
 
     def forward(self, grid, local_pass: bool, arguments) -> None:
         d_inner, reset, live, h0 = arguments[17], arguments[11], arguments[12], arguments[8]
-        _scan_forward[(-(-d_inner // self.channels), *grid)](
+        launch(
+            _scan_forward, (-(-d_inner // self.channels), *grid),
             *arguments, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass, HAS_H0=h0 is not None, HAS_RESET=reset is not None,
             HAS_LIVE=live is not None, num_warps=1,
         )
 
     def gradient_state(self, grid, arguments) -> None:
         d_inner, reset, live = arguments[11], arguments[6], arguments[7]
-        _scan_gradient_state[(-(-d_inner // self.channels), *grid)](
+        launch(
+            _scan_gradient_state, (-(-d_inner // self.channels), *grid),
             *arguments, **self.constants, HAS_RESET=reset is not None, HAS_LIVE=live is not None, num_warps=1,
         )
 
@@ -227,7 +235,8 @@ class PlainKernels:
         d_inner, reset, live, final, kept = arguments[24], arguments[10], arguments[11], arguments[13], arguments[12]
         programs = -(-d_inner // self.channels)
         states = _states(kept, programs, *grid, KEEP + 1, self.channels, self.constants["NP"])
-        _scan_backward[(programs, *grid)](
+        launch(
+            _scan_backward, (programs, *grid),
             *arguments, states, **self.constants, KEEP=KEEP, HAS_FINAL=final is not None, HAS_RESET=reset is not None,
             HAS_LIVE=live is not None, num_warps=1,
         )

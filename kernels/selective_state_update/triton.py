@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 
 @torch.no_grad()
 def selective_state_update(
@@ -20,7 +22,8 @@ def selective_state_update(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     block = 32
     if batch:
-        _update[(triton.cdiv(d_inner, block), batch)](
+        launch(
+            _update, (triton.cdiv(d_inner, block), batch),
             state, x, dt, A, B, C, D, z, dt_bias, reset, y, out, d_inner, x.stride(0), dt.stride(0), z.stride(0), B.stride(0),
             C.stride(0), 0 if reset is None else reset.stride(0),
             HAS_RESET=reset is not None, N=d_state, BLOCK_N=triton.next_power_of_2(d_state), BLOCK_D=block, num_warps=2,
