@@ -2,7 +2,8 @@
 
 Forward: `_intervals` (ticks each token asks for), `_clock` (one pass over a row; long rows in segments), `_windows` (weights
 of the taps of each slot), `_merge` (the elements), `_restore` (back to full length). Backward in gather form: every sum is
-taken by one program in a fixed order, what is summed over programs goes through partial sums, so results repeat to the bit.
+taken by one program in a fixed order; what is summed over programs goes through partial sums, added up by `_sum_parts`. So
+results repeat to the bit.
 
 Emissions must not depend on how a row is cut: the clock's dot product is reduced per row in one fixed shape.
 """
@@ -15,16 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, hand_on
 
 TICK = tl.constexpr(TICKS)
 BITS = tl.constexpr(TICK_BITS)
 LOG2E = tl.constexpr(math.log2(math.e))
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+GAUSS = tl.constexpr(math.sqrt(0.5 * math.log2(math.e)))  # exp(-s^2 / 2) = 2^-(GAUSS s)^2
 HALF_UP = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it off rounds to an integer, halves to even
 ROWS, ROW_BLOCK = 4, 1024  # tile of the clock's dot product; fixed, as it fixes the order of summation
 CLOCK_BLOCK = 1024  # tokens scanned at once; sums of drifts over so many fit int32
-SEGMENT = 16 * CLOCK_BLOCK  # tokens of a row that one program walks
+SEGMENT = 4 * CLOCK_BLOCK  # tokens of a row that one program walks
+PROCESSORS = 132  # of an H200
+# Planes of what is kept per token, (5, B, L) int32, and per slot, (2, B, J) int32.
+NEWEST, REACH, COUNT, STEPS, CUT = (tl.constexpr(i) for i in range(5))
+EMITTER, TAPS = tl.constexpr(0), tl.constexpr(1)
 
 
 # ---- the clock ---------------------------------------------------------------------------------------------------------
@@ -96,15 +104,15 @@ def _segment_maps(asked, reset, maps, length, segment, rate, band, LEARN: tl.con
 
 @triton.jit
 def _clock(
-    asked, reset, dev_in, position_in, maps,
-    emitter, since_reset, newest, reach, count_out, phase, steps, cut_out, n_live, dev_out, position_out, totals,
+    asked, reset, dev_in, position_in, maps, tokens_out, newest_out, cut_out, phase, emitter, since_reset, ends, totals,
     length, slots, segment, rate, band, taps, readout_taps,
     LEARN: tl.constexpr, CARRY: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Walks one segment. Not split: also fills the slots. Split: newest and cut count from the segment's start, and
     totals (B, segments, 2) says how many elements it emits and where the band last cut."""
     s, b, i = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK)
-    row = b * length
+    row, batch = b * length, tl.num_programs(1).to(tl.int64)
+    plane = batch * length
     dev, position = tl.zeros([], tl.int32), tl.zeros([], tl.int64)
     if CARRY:
         dev, position = tl.load(dev_in + b).to(tl.int32), tl.load(position_in + b)
@@ -134,12 +142,12 @@ def _clock(
         fire = (count > (was >> BITS)) & valid
         slot = base + tl.cumsum(fire.to(tl.int32), 0) - 1
         cut = tl.maximum(tl.associative_scan(tl.where(asked_dev == after, -1, l), 0, _larger), cut_before)
-        tl.store(newest + row + l, slot, mask=valid)
-        tl.store(reach + row + l, tl.minimum(tokens, taps).to(tl.int32), mask=valid)
-        tl.store(count_out + row + l, tl.minimum(count, readout_taps).to(tl.int32), mask=valid)
-        tl.store(phase + row + l, (ticks & (TICK - 1)).to(tl.float32) / TICK, mask=valid)
-        tl.store(steps + row + l, (ticks - was).to(tl.int32), mask=valid)
+        tl.store(newest_out + row + l, slot, mask=valid)
         tl.store(cut_out + row + l, cut, mask=valid)
+        tl.store(tokens_out + REACH * plane + row + l, tl.minimum(tokens, taps).to(tl.int32), mask=valid)
+        tl.store(tokens_out + COUNT * plane + row + l, tl.minimum(count, readout_taps).to(tl.int32), mask=valid)
+        tl.store(tokens_out + STEPS * plane + row + l, (ticks - was).to(tl.int32), mask=valid)
+        tl.store(phase + row + l, (ticks & (TICK - 1)).to(tl.float32) / TICK, mask=valid)
         if SPLIT:
             tl.store(since_reset + row + l, count - 1, mask=valid)
         else:
@@ -153,15 +161,15 @@ def _clock(
         tl.store(totals + (b * tl.num_programs(0) + s) * 2, base)
         tl.store(totals + (b * tl.num_programs(0) + s) * 2 + 1, cut_before)
     else:
-        tl.store(n_live + b, base.to(tl.int64))
+        tl.store(ends + b, base.to(tl.int64))
     if s == tl.num_programs(0) - 1:
-        tl.store(dev_out + b, dev.to(tl.int64))
-        tl.store(position_out + b, tl.where(latest < 0, position + length, (length - latest).to(tl.int64)))
+        tl.store(ends + batch + b, dev.to(tl.int64))
+        tl.store(ends + 2 * batch + b, tl.where(latest < 0, position + length, (length - latest).to(tl.int64)))
 
 
 @triton.jit
 def _join_segments(
-    slot_in_segment, cut_in_segment, elements, totals, newest, cut, emitter, since_reset, n_live,
+    slot_in_segment, cut_in_segment, elements, totals, tokens_out, emitter, since_reset, n_live,
     length, slots, segment, segments, BLOCK: tl.constexpr,
 ):
     """Adds to newest and cut what came before each segment, and fills the slots."""
@@ -175,8 +183,10 @@ def _join_segments(
     local = tl.load(slot_in_segment + row + l, mask=valid, other=-1)
     earlier = tl.load(slot_in_segment + row + l - 1, mask=valid & (l > own * segment), other=-1)
     slot = local + base
-    tl.store(newest + row + l, slot, mask=valid)
-    tl.store(cut + row + l, tl.maximum(tl.load(cut_in_segment + row + l, mask=valid, other=-1), cut_before), mask=valid)
+    plane = tl.num_programs(1).to(tl.int64) * length
+    tl.store(tokens_out + NEWEST * plane + row + l, slot, mask=valid)
+    last_cut = tl.maximum(tl.load(cut_in_segment + row + l, mask=valid, other=-1), cut_before)
+    tl.store(tokens_out + CUT * plane + row + l, last_cut, mask=valid)
     fire = valid & (local > earlier) & (slot < slots)
     tl.store(emitter + b * slots + slot, l, mask=fire)
     tl.store(since_reset + b * slots + slot, tl.load(elements + row + l, mask=valid, other=0), mask=fire)
@@ -189,21 +199,23 @@ def _join_segments(
 
 @triton.jit
 def _windows(
-    emitter, n_live, reset, reach, phase, steps, halo_steps, since_reset, live_out, reset_out, taps_out, mass, slope,
-    length, slots, taps, width, horizon, cap,
+    emitter, n_live, reset, tokens, phase, halo_steps, since_reset, flags, mass, length, slots, taps, width, horizon, cap,
     HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Per slot: the taps that count, (B, J, K, M) integral of each basis over each tap's lags and, for the backward pass,
-    the basis at the lag where the tap ends."""
+    """Per slot: the taps that count, (B, J, K, M) integral of each basis over each tap's lags, 0 in those that do not, and
+    in a second such plane, for the backward pass, the basis at the lag where the tap ends. Flags: live, reset."""
     j, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     inside = j < slots
     live = j < tl.load(n_live + b)
     slot = b * slots + j
     e = tl.load(emitter + slot, mask=live & inside, other=0)
+    batch = tl.num_programs(1).to(tl.int64)
+    plane, slot_plane = batch * length, batch * slots
+    reach, steps, slope = tokens + REACH * plane, tokens + STEPS * plane, mass + slot_plane * (taps * M)
     tl.store(emitter + slot, e, mask=inside)
     tl.store(since_reset + slot, tl.load(since_reset + slot, mask=live & inside, other=0), mask=inside)
-    tl.store(live_out + slot, live, mask=inside)
-    tl.store(reset_out + slot, tl.load(reset + b * length + e, mask=live & inside, other=0) != 0, mask=inside)
+    tl.store(flags + slot, live, mask=inside)
+    tl.store(flags + slot_plane + slot, tl.load(reset + b * length + e, mask=live & inside, other=0) != 0, mask=inside)
     live = live & inside
     depth = tl.load(reach + b * length + e, mask=live, other=0)
     lag = -(tl.load(phase + b * length + e, mask=live, other=0.0) * TICK).to(tl.int32)
@@ -230,7 +242,7 @@ def _windows(
             density = tl.where((far >= 0.0)[:, None] & (far <= horizon)[:, None], tl.exp2(x * x * (-0.5 * LOG2E)), 0.0)
             tl.store(slope + table + k * M, density, mask=store)
         edge = next_edge
-    tl.store(taps_out + slot, n, mask=inside)
+    tl.store(emitter + TAPS * slot_plane + slot, n, mask=inside)
 
 
 @triton.jit
@@ -266,72 +278,100 @@ def _zeros(M: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _read(at, N: tl.constexpr):
+    out = ()
+    for i in tl.static_range(N):
+        out += (tl.load(at + i),)
+    return out
+
+
+# In the kernels below a program is one warp, and what hides the time of a load is other loads. So nothing is loaded under an
+# `if`: the rows of taps that do not count read 0, their weights anything finite, and the next slot or token is looked up
+# while this one is worked on.
+
+
+@triton.jit
 def _merge(
-    u, halo, emitter, taps_of, mass, basis, x, slots, d, taps, stride_b, stride_l, per_program,
+    u, halo, emitter, mass, basis, x, slots, d, taps, stride_b, stride_l, per_program,
     HALO: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(d, BLOCK)
     c, b = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) // blocks * per_program
+    last = tl.minimum(first + per_program, slots)
+    emitter += b * slots
+    taps_of = emitter + TAPS * tl.num_programs(1).to(tl.int64) * slots
     rows = _bases(basis, d, c, M)
-    for j in range(first, tl.minimum(first + per_program, slots)):
-        slot = b * slots + j
-        n, e = tl.load(taps_of + slot), tl.load(emitter + slot)
+    n, e = tl.load(taps_of + first, mask=first < last, other=0), tl.load(emitter + first, mask=first < last, other=0)
+    for j in range(first, last):
+        slot, follows = b * slots + j, j + 1 < last
+        next_n, next_e = tl.load(taps_of + j + 1, mask=follows, other=0), tl.load(emitter + j + 1, mask=follows, other=0)
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, n, CHUNK):
-            values = ()
-            for i in tl.static_range(CHUNK):  # all loads first, so that they are under way together
-                mask = (c < d) & (start + i < n)
-                values += (_row(u, halo, b, e - start - i, d, stride_b, stride_l, taps - 1, c, mask, HALO),)
+            values, weights = (), ()
             for i in tl.static_range(CHUNK):
                 k = start + i
-                if k < n:
-                    w = tl.zeros([BLOCK], tl.float32) + tl.where(k == 0, 1.0, 0.0)
-                    for m in tl.static_range(M):
-                        w += tl.load(mass + (slot * taps + k) * M + m) * rows[m]
-                    total += w * values[i]
+                values += (_row(u, halo, b, e - k, d, stride_b, stride_l, taps - 1, c, (c < d) & (k < n), HALO),)
+                weights += _read(mass + (slot * taps + tl.minimum(k, taps - 1)) * M, M)
+            for i in tl.static_range(CHUNK):
+                w = tl.zeros([BLOCK], tl.float32) + tl.where(start + i == 0, 1.0, 0.0)
+                for m in tl.static_range(M):
+                    w += weights[i * M + m] * rows[m]
+                total += w * values[i]
         tl.store(x + slot * d + c, total.to(x.dtype.element_ty), mask=c < d)
+        n, e = next_n, next_e
 
 
 @triton.jit
 def _merge_backward_slots(
-    u, halo, grad_x, emitter, taps_of, mass, slope, basis, lag_parts, basis_parts,
-    batch, slots, d, taps, stride_b, stride_l, grad_b, grad_j, per_program,
+    u, halo, grad_x, emitter, mass, basis, lag_parts, basis_parts,
+    slots, d, taps, stride_b, stride_l, grad_b, grad_j, per_program,
     HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Parts of grad_basis (B, programs, M, d), and of the gradient of each tap's interval (blocks of d, B, J, K)."""
     blocks = tl.cdiv(d, BLOCK)
     block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
     c, first = block * BLOCK + tl.arange(0, BLOCK), chunk * per_program
+    last = tl.minimum(first + per_program, slots)
+    plane = tl.num_programs(1).to(tl.int64) * slots
+    emitter += b * slots
+    taps_of, slope = emitter + TAPS * plane, mass + plane * (taps * M)
     rows = _bases(basis, d, c, M)
     sums = _zeros(M, BLOCK)
-    for j in range(first, tl.minimum(first + per_program, slots)):
-        slot = b * slots + j
-        n, e = tl.load(taps_of + slot), tl.load(emitter + slot)
+    n, e = tl.load(taps_of + first, mask=first < last, other=0), tl.load(emitter + first, mask=first < last, other=0)
+    for j in range(first, last):
+        slot, follows = b * slots + j, j + 1 < last
+        next_n, next_e = tl.load(taps_of + j + 1, mask=follows, other=0), tl.load(emitter + j + 1, mask=follows, other=0)
         g = tl.load(grad_x + b * grad_b + _wide(j) * grad_j + c, mask=(c < d) & (n > 0), other=0.0).to(tl.float32)
         # Oldest tap first: an interval moves the far lag of its own tap and both lags of the older ones.
         older, moved = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(0, n, CHUNK):
-            values = ()
+            values, masses, slopes, parts = (), (), (), ()
+            oldest = n - 1 - start
             for i in tl.static_range(CHUNK):
-                k = n - 1 - start - i
+                k = oldest - i
                 values += (_row(u, halo, b, e - k, d, stride_b, stride_l, taps - 1, c, (c < d) & (k >= 0), HALO),)
+                masses += _read(mass + (slot * taps + tl.maximum(k, 0)) * M, M)
+                if LEARN:
+                    slopes += _read(slope + (slot * taps + tl.maximum(k, 0)) * M, M)
             for i in tl.static_range(CHUNK):
-                k = n - 1 - start - i
-                if k >= 0:
-                    value, at = g * values[i], (slot * taps + k) * M
-                    grown = ()
+                value = g * values[i]
+                grown = ()
+                for m in tl.static_range(M):
+                    grown += (sums[m] + masses[i * M + m] * value,)
+                sums = grown
+                if LEARN:
+                    w = tl.zeros([BLOCK], tl.float32)
                     for m in tl.static_range(M):
-                        grown += (sums[m] + tl.load(mass + at + m) * value,)
-                    sums = grown
-                    if LEARN:
-                        w = tl.zeros([BLOCK], tl.float32)
-                        for m in tl.static_range(M):
-                            w += tl.load(slope + at + m) * rows[m]
-                        moved += w * (value - older)
-                        older = value
-                        part = ((block * batch + b) * slots + j) * taps + k
-                        tl.store(lag_parts + part, tl.sum(moved, 0))
+                        w += slopes[i * M + m] * rows[m]
+                    moved += w * (value - older)
+                    older = value
+                    parts += (tl.sum(moved, 0),)
+            if LEARN:
+                for i in tl.static_range(CHUNK):
+                    at = (block * plane + slot) * taps + oldest - i
+                    tl.store(lag_parts + at, parts[i], mask=oldest >= i)
+        n, e = next_n, next_e
     chunks = tl.num_programs(0) // blocks
     for m in tl.static_range(M):
         tl.store(basis_parts + ((b * chunks + chunk) * M + m) * d + c, sums[m], mask=c < d)
@@ -339,8 +379,8 @@ def _merge_backward_slots(
 
 @triton.jit
 def _interval_backward(
-    newest, taps_of, cut, gate, lag_parts, grad_phase, covering, grad_logit,
-    batch, length, slots, taps, halo, reach, blocks, phase_b, phase_l, span,
+    tokens, emitter, gate, lag_parts, grad_phase, covering, grad_logit,
+    length, slots, taps, halo, reach, blocks, phase_b, phase_l, span,
     LEARN: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Per token, those of the halo first: how many slots it counts in, and the gradient of its clock's logit.
@@ -350,7 +390,8 @@ def _interval_backward(
     """
     p, b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
     t = p - halo
-    row = b * length
+    row, batch = b * length, tl.num_programs(1).to(tl.int64)
+    newest, cut, taps_of = tokens, tokens + CUT * batch * length, emitter + TAPS * batch * slots
     count, grad = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
     open_phase = t >= 0
     slot_before = tl.load(newest + row + t - 1, mask=(t > 0) & (t <= length), other=-1)
@@ -389,44 +430,79 @@ def _merge_backward_tokens(
     blocks = tl.cdiv(d, BLOCK)
     block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
     c, first = block * BLOCK + tl.arange(0, BLOCK), chunk * per_program
+    last = tl.minimum(first + per_program, length + halo)
+    covering, newest, grad_logit = covering + b * (length + halo), newest + b * length, grad_logit + b * length
     rows = _bases(basis, d, c, M)
     if LEARN:
         w_clock = tl.load(weight + c, mask=c < d, other=0.0).to(tl.float32)
     sums, logits = tl.zeros([BLOCK], tl.float32), tl.zeros([], tl.float32)
-    for p in range(first, tl.minimum(first + per_program, length + halo)):
-        t = p - halo
-        n = tl.load(covering + b * (length + halo) + p)
-        first_slot = tl.load(newest + b * length + t - 1, mask=t > 0, other=-1) + 1
+    n = tl.load(covering + first, mask=first < last, other=0)
+    before = tl.load(newest + first - halo - 1, mask=(first > halo) & (first < last), other=-1)
+    for p in range(first, last):
+        t, first_slot = p - halo, before + 1
+        next_n = tl.load(covering + p + 1, mask=p + 1 < last, other=0)
+        before = tl.load(newest + t, mask=t >= 0, other=-1)
+        if LEARN:
+            g_logit = tl.load(grad_logit + t, mask=t >= 0, other=0.0)
+            value = tl.load(u + b * stride_b + _wide(t) * stride_l + c, mask=(c < d) & (t >= 0), other=0.0)
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, n, CHUNK):
-            taps_back, values = (), ()
+            taps_back, values, weights = (), (), ()
             for i in tl.static_range(CHUNK):
                 j, counts = first_slot + start + i, start + i < n
-                taps_back += (tl.load(emitter + b * slots + j, mask=counts, other=0) - t,)
                 g = grad_x + b * grad_b + _wide(j) * grad_j + c
                 values += (tl.load(g, mask=(c < d) & counts, other=0.0).to(tl.float32),)
+                taps_back += (tl.load(emitter + b * slots + j, mask=counts, other=t) - t,)
             for i in tl.static_range(CHUNK):
-                if start + i < n:
-                    k = taps_back[i]
-                    at = mass + ((b * slots + first_slot + start + i) * taps + k) * M
-                    w = tl.zeros([BLOCK], tl.float32) + tl.where(k == 0, 1.0, 0.0)
-                    for m in tl.static_range(M):
-                        w += tl.load(at + m) * rows[m]
-                    total += w * values[i]
+                at = (b * slots + tl.minimum(first_slot + start + i, slots - 1)) * taps + taps_back[i]
+                weights += _read(mass + at * M, M)
+            for i in tl.static_range(CHUNK):
+                w = tl.zeros([BLOCK], tl.float32) + tl.where(taps_back[i] == 0, 1.0, 0.0)
+                for m in tl.static_range(M):
+                    w += weights[i * M + m] * rows[m]
+                total += w * values[i]
         if LEARN:
-            g_logit = tl.load(grad_logit + b * length + t, mask=t >= 0, other=0.0)
-            value = tl.load(u + b * stride_b + _wide(t) * stride_l + c, mask=(c < d) & (t >= 0), other=0.0)
             total += g_logit * w_clock
             sums += g_logit * value.to(tl.float32)
             logits += g_logit
         tl.store(grad_u + b * out_b + _wide(t) * out_l + c, total.to(grad_u.dtype.element_ty), mask=(c < d) & (t >= 0))
         if HALO:
             tl.store(grad_halo + (b * halo + p) * d + c, total.to(grad_halo.dtype.element_ty), mask=(c < d) & (t < 0))
+        n = next_n
     if LEARN:
         out = clock_parts + (b * (tl.num_programs(0) // blocks) + chunk) * (d + 1)
         tl.store(out + c, sums, mask=c < d)
         if block == 0:
             tl.store(out + d, logits)
+
+
+@triton.jit
+def _sum_rows(parts, out, rows, columns, program, limit, group, LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    c = program * COLUMNS + tl.arange(0, COLUMNS)
+    inside = c < columns
+    if LIMIT:
+        rows_of = tl.load(limit + c, mask=inside, other=0) * group
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)[:, None]
+        mask = (r < rows) & inside[None, :]
+        if LIMIT:
+            mask = mask & (r < rows_of[None, :])
+        total += tl.load(parts + r.to(tl.int64) * columns + c[None, :], mask=mask, other=0.0)
+    tl.store(out + c, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_parts(
+    first, first_out, first_rows, first_columns, second, second_out, second_rows, second_columns, limit, group,
+    LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Sums two (rows, columns) tables over their rows; with a limit (columns,), the second over its first limit * group."""
+    p, programs = tl.program_id(0), tl.cdiv(first_columns, COLUMNS)
+    if p < programs:
+        _sum_rows(first, first_out, first_rows, first_columns, p, limit, group, False, ROWS, COLUMNS)
+    else:
+        _sum_rows(second, second_out, second_rows, second_columns, p - programs, limit, group, LIMIT, ROWS, COLUMNS)
 
 
 # ---- restoration -------------------------------------------------------------------------------------------------------
@@ -451,14 +527,14 @@ def _restore(
         rows = _bases(basis, d, c, M)
         for l in range(chunk * per_program, tl.minimum((chunk + 1) * per_program, length)):
             n, known = tl.load(newest + b * length + l), tl.load(count + b * length + l)
-            lag = tl.load(phase + b * length + l) / width
+            lag = tl.load(phase + b * length + l) * (GAUSS / width)
             total = tl.zeros([BLOCK], tl.float32)
             for k in tl.static_range(Q):
                 value = _row(y, tail, b, n - k, d, y_b, y_j, Q, c, mask & (k < known), TAIL)
                 w = tl.zeros([BLOCK], tl.float32) + (1.0 if k == 0 else 0.0)
                 for m in tl.static_range(M):
-                    s = lag + (k / width - m)
-                    w += tl.exp2(s * s * (-0.5 * LOG2E)) * rows[m]
+                    s = lag + (k / width - m) * GAUSS
+                    w += tl.exp2(-s * s) * rows[m]
                 total += w * value
             tl.store(z + b * z_b + _wide(l) * z_l + c, total.to(z.dtype.element_ty), mask=mask)
 
@@ -478,50 +554,57 @@ def _restore_backward(
     BLOCK: tl.constexpr,
 ):
     """Slots, those of the tail first, each summing over the tokens that read it. Parts of grad_basis (B, programs, M, d) and
-    of grad_phase (Q, blocks of d, B, L), the latter 0 where no slot is read."""
+    of grad_phase (Q, blocks of d, B, L), written where a slot is read."""
     blocks = tl.cdiv(d, BLOCK)
     block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
     c = block * BLOCK + tl.arange(0, BLOCK)
     mask = c < d
     rows = _bases(basis, d, c, M)
     sums = _zeros(M, BLOCK)
-    n_live = tl.load(n_live_of + b).to(tl.int32)
+    newest, count, phase, grad_z = newest + b * length, count + b * length, phase + b * length, grad_z + b * z_b
+    plane = _wide(batch) * length * blocks
+    phase_parts += (_wide(block) * batch + b) * length
+    n_live, scale = tl.load(n_live_of + b).to(tl.int32), GAUSS / width
     older = Q if TAIL else 0
     first = chunk * per_program - older
     for j in range(first, tl.minimum(first + per_program, slots)):
         lo = _first_token(emitter, b * slots, j, n_live, length)
         hi = _first_token(emitter, b * slots, j + Q, n_live, length)
         held = _row(y, tail, b, j, d, y_b, y_j, Q, c, mask & (j < n_live), TAIL)
-        total = tl.zeros([BLOCK], tl.float32)
+        total, by_basis = tl.zeros([BLOCK], tl.float32), _zeros(M, BLOCK)
         for start in range(lo, hi, CHUNK):
-            elements, known, lags, values = (), (), (), ()
+            elements, known, lags, values, parts = (), (), (), (), ()
+            newest_at, count_at, phase_at, g = newest + start, count + start, phase + start, grad_z + _wide(start) * z_l + c
             for i in tl.static_range(CHUNK):
-                l, inside = start + i, start + i < hi
-                at = b * length + l
-                elements += (tl.load(newest + at, mask=inside, other=0) - j,)
-                known += (tl.load(count + at, mask=inside, other=0),)
-                lags += (tl.load(phase + at, mask=inside, other=0.0),)
-                g = grad_z + b * z_b + _wide(l) * z_l + c
-                values += (tl.load(g, mask=mask & inside, other=0.0).to(tl.float32),)
+                inside = start + i < hi
+                values += (tl.load(g + i * z_l, mask=mask & inside, other=0.0).to(tl.float32),)
+                elements += (tl.load(newest_at + i, mask=inside, other=j) - j,)
+                known += (tl.load(count_at + i, mask=inside, other=0),)
+                lags += (tl.load(phase_at + i, mask=inside, other=0.0),)
             for i in tl.static_range(CHUNK):
                 k = elements[i]
-                if (start + i < hi) & (k < known[i]):
-                    lag, product = (lags[i] + k) / width, values[i] * held
-                    w = tl.zeros([BLOCK], tl.float32) + tl.where(k == 0, 1.0, 0.0)
-                    dw = tl.zeros([BLOCK], tl.float32)
-                    grown = ()
-                    for m in tl.static_range(M):
-                        s = lag - m
-                        value = tl.exp2(s * s * (-0.5 * LOG2E))
-                        grown += (sums[m] + value * product,)
-                        w += value * rows[m]
-                        if LEARN:
-                            dw -= (value * s) * rows[m]
-                    sums = grown
-                    total += w * values[i]
+                g, lag = tl.where(k < known[i], values[i], 0.0), (lags[i] + k) * scale
+                total += tl.where(k == 0, 1.0, 0.0) * g
+                dw = tl.zeros([BLOCK], tl.float32)
+                grown = ()
+                for m in tl.static_range(M):
+                    s = lag - m * GAUSS
+                    value = tl.exp2(-s * s)
+                    grown += (by_basis[m] + value * g,)
                     if LEARN:
-                        part = ((k * blocks + block) * batch + b) * length + start + i
-                        tl.store(phase_parts + part, tl.sum(dw * product, 0) / width)
+                        dw -= (value * s) * rows[m]
+                by_basis = grown
+                if LEARN:
+                    parts += (tl.sum(dw * (g * held), 0) / (GAUSS * width),)
+            if LEARN:
+                for i in tl.static_range(CHUNK):
+                    part = phase_parts + elements[i] * plane + start
+                    tl.store(part + i, parts[i], mask=elements[i] < known[i])
+        grown = ()
+        for m in tl.static_range(M):
+            total += by_basis[m] * rows[m]
+            grown += (sums[m] + by_basis[m] * held,)
+        sums = grown
         if TAIL_OUT:
             q = j + Q - n_live
             handed = (q >= 0) & (q < Q)
@@ -537,6 +620,14 @@ def _restore_backward(
 # ---- on the host -------------------------------------------------------------------------------------------------------
 
 
+def _cdiv(a: int, b: int) -> int:  # Triton's own wrap their arguments: microseconds a call, tens of them a layer
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def _strides(x: Tensor) -> tuple[Tensor, int, int]:
     """x (B, S, d) with its last dimension contiguous, and its other strides; those of a dimension of 1 as if contiguous,
     so that equal rows always meet the same kernel."""
@@ -548,181 +639,212 @@ def _strides(x: Tensor) -> tuple[Tensor, int, int]:
 
 def _block(d: int, largest: int) -> int:
     """Channels per program: a power of two that wastes little of the last block."""
-    block = min(largest, max(16, triton.next_power_of_2(d)))
+    block = min(largest, max(16, _power_of_2(d)))
     while block > 128 and d % block and -d % block > d // 8:
         block //= 2
     return block
 
 
-def _chunk(sampling: Sampling) -> int:
-    """Taps loaded at once: as many as a window holds at the target rate, and one."""
-    return min(sampling.window_taps, 8, math.ceil(sampling.horizon * TICKS / sampling.rate) + 2)
+def _share(rows: int, batch: int, blocks: int, warps: int) -> int:
+    """Rows (slots or tokens) per program of one warp, if the kernel's registers let so many warps run on a multiprocessor:
+    all programs run at once, and are few enough that their partial sums cost little."""
+    return max(4, _cdiv(rows, max(1, PROCESSORS * warps // (batch * blocks))))
+
+
+def _add_up(
+    first: Tensor, first_out: Tensor, second: Tensor, second_out: Tensor, limit: Tensor | None = None, group: int = 1
+) -> None:
+    """Two tables of partial sums (n, columns) float32, each summed over n in one launch; with a limit (columns,) int, the
+    second over its first limit * group rows."""
+    columns, (n, m) = 32, (first.shape[1], second.shape[1])
+    launch(
+        _sum_parts, (_cdiv(n, columns) + _cdiv(m, columns),),
+        first, first_out, len(first), n, second, second_out, len(second), m, first if limit is None else limit, group,
+        LIMIT=limit is not None, ROWS=64, COLUMNS=columns, num_warps=4,
+    )
 
 
 def run_clock(
     u: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int, carry: Carry | None
-) -> tuple[Clock, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Clock, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """The clock, its slots still without their documents (`_windows` fills those in); dev and position after the last token;
-    per token the ticks it asks for and the sigmoid behind them (B, L)."""
-    (batch, length, d), ints = u.shape, dict(dtype=torch.int32, device=u.device)
+    per token the ticks it asks for; and what the clock's fields are views of: per token (5, B, L) int32, phase and gate
+    (2, B, L), per slot (2, B, J) int32, flags (2, B, J) bool, and n_live, dev, position (3, B) int64."""
+    (batch, length, d), device = u.shape, u.device
     u, stride_b, stride_l = _strides(u)
     learn = weight is not None
-    asked = gate = torch.empty(0, **ints)
+    tokens = torch.empty((6, batch, length) if learn else (5, batch, length), dtype=torch.int32, device=device)
+    floats = torch.empty(2, batch, length, device=device)
+    at_slots = torch.empty(2, batch, slots, dtype=torch.int32, device=device)
+    flags = torch.empty(2, batch, slots, dtype=torch.bool, device=device)
+    since_reset = torch.empty(batch, slots, dtype=torch.int64, device=device)
+    ends = torch.empty(3, batch, dtype=torch.int64, device=device)
+    newest, reach, count, steps, cut, *asked = tokens.unbind(0)
+    phase, gate = floats.unbind(0)
+    asked = asked[0] if learn else newest
     if learn:
-        asked, gate = torch.empty(batch, length, **ints), torch.empty(batch, length, device=u.device)
-        _intervals[(triton.cdiv(length, ROWS), batch)](
+        launch(
+            _intervals, (_cdiv(length, ROWS), batch),
             u, weight, bias, asked, gate, length, d, stride_b, stride_l, sampling.low, sampling.high - sampling.low,
-            ROWS=ROWS, BLOCK=min(ROW_BLOCK, triton.next_power_of_2(d)), num_warps=4,
+            ROWS=ROWS, BLOCK=min(ROW_BLOCK, _power_of_2(d)), num_warps=4,
         )
-    per_token = torch.empty(5, batch, length, **ints)
-    newest, reach, count, steps, cut = per_token.unbind(0)
-    phase = torch.empty(batch, length, device=u.device)
-    emitter, since_reset = torch.empty(batch, slots, **ints), torch.empty(batch, slots, dtype=torch.int64, device=u.device)
-    n_live, dev, position = torch.empty(3, batch, dtype=torch.int64, device=u.device).unbind(0)
-    segments, block = triton.cdiv(length, SEGMENT), min(CLOCK_BLOCK, max(16, triton.next_power_of_2(length)))
+    segments, block = _cdiv(length, SEGMENT), min(CLOCK_BLOCK, max(16, _power_of_2(length)))
     options = dict(BLOCK=block, num_warps=4 if block < 1024 else 8)
-    slot_part, cut_part, elements, maps, totals = newest, cut, since_reset, n_live, n_live
+    slot_part, cut_part, elements, maps, totals = newest, cut, since_reset, ends, ends
     if segments > 1:
-        slot_part, cut_part = torch.empty(2, batch, length, **ints).unbind(0)
-        elements = torch.empty(batch, length, dtype=torch.int64, device=u.device)
-        maps = torch.empty(batch, segments, 4, dtype=torch.int64, device=u.device)
-        totals = torch.empty(batch, segments, 2, **ints)
-        _segment_maps[(segments, batch)](
+        slot_part, cut_part = torch.empty(2, batch, length, dtype=torch.int32, device=device).unbind(0)
+        elements = torch.empty(batch, length, dtype=torch.int64, device=device)
+        maps = torch.empty(batch, segments, 4, dtype=torch.int64, device=device)
+        totals = torch.empty(batch, segments, 2, dtype=torch.int32, device=device)
+        launch(
+            _segment_maps, (segments, batch),
             asked, reset, maps, length, SEGMENT, sampling.rate, sampling.band, LEARN=learn, **options
         )
-    _clock[(segments, batch)](
-        asked, reset, *((n_live, n_live) if carry is None else (carry.dev.contiguous(), carry.position.contiguous())), maps,
-        emitter, elements, slot_part, reach, count, phase, steps, cut_part, n_live, dev, position, totals,
+    launch(
+        _clock, (segments, batch),
+        asked, reset, *((ends, ends) if carry is None else (carry.dev.contiguous(), carry.position.contiguous())), maps,
+        tokens, slot_part, cut_part, phase, at_slots, elements, ends, totals,
         length, slots, SEGMENT, sampling.rate, sampling.band, sampling.window_taps, sampling.readout_taps,
         LEARN=learn, CARRY=carry is not None, SPLIT=segments > 1, **options,
     )
     if segments > 1:
-        _join_segments[(triton.cdiv(length, block), batch)](
-            slot_part, cut_part, elements, totals, newest, cut, emitter, since_reset, n_live,
+        launch(
+            _join_segments, (_cdiv(length, block), batch),
+            slot_part, cut_part, elements, totals, tokens, at_slots, since_reset, ends,
             length, slots, SEGMENT, segments, **options,
         )
-    live, slot_reset = torch.empty(2, batch, slots, dtype=torch.bool, device=u.device).unbind(0)
-    clock = Clock(emitter, live, slot_reset, since_reset, n_live, newest, reach, count, phase, steps, cut)
-    return clock, dev, position, asked, gate
+    n_live, dev, position = ends.unbind(0)
+    clock = Clock(at_slots[EMITTER.value], *flags.unbind(0), since_reset, n_live, newest, reach, count, phase, steps, cut)
+    return clock, dev, position, asked, (tokens, floats, at_slots, flags, ends)
 
 
 def compress_forward(
     u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
-    carry: Carry | None = None, per_program: int = 8, largest_block: int = 256,
+    carry: Carry | None = None, per_program: int | None = None, largest_block: int = 256, chunk: int = 3,
 ) -> tuple[Tensor, Clock, Tensor, Tensor, tuple[Tensor, ...]]:
-    """x, the clock, dev and position after the last token, and (taps, mass, slope, gate) for the backward pass."""
+    """x, the clock, dev and position after the last token, and what the backward pass needs."""
     (batch, length, d), bases, taps = u.shape, len(basis), sampling.window_taps
     if abs(sampling.band) > CLOCK_BLOCK << TICK_BITS:
         raise ValueError(f"the clock's band must be at most {CLOCK_BLOCK} grid steps")
     reset, basis = reset.contiguous(), basis.contiguous()
-    clock, dev, position, _, gate = run_clock(u, weight, bias, reset, sampling, slots, carry)
-    taps_of = torch.empty(batch, slots, dtype=torch.int32, device=u.device)
-    mass, slope = torch.empty(2, batch, slots, taps, bases, device=u.device).unbind(0)
-    block = min(32, triton.next_power_of_2(slots))
-    halo_steps = clock.steps if carry is None else carry.steps.contiguous()
-    _windows[(triton.cdiv(slots, block), batch)](
-        clock.emitter, clock.n_live, reset, clock.reach, clock.phase, clock.steps, halo_steps,
-        clock.since_reset, clock.live, clock.reset, taps_of, mass, slope,
-        length, slots, taps, sampling.window_width, sampling.horizon, math.ceil(sampling.horizon * TICKS) + TICKS,
-        HALO=carry is not None, LEARN=weight is not None, M=bases, MP=triton.next_power_of_2(bases), BLOCK=block, num_warps=4,
+    clock, dev, position, _, (tokens, floats, at_slots, flags, ends) = run_clock(u, weight, bias, reset, sampling, slots, carry)
+    table = torch.empty(2, batch, slots, taps, bases, device=u.device)
+    block = min(32, _power_of_2(slots))
+    launch(
+        _windows, (_cdiv(slots, block), batch),
+        at_slots, ends, reset, tokens, floats, ends if carry is None else carry.steps.contiguous(), clock.since_reset, flags,
+        table, length, slots, taps, sampling.window_width, sampling.horizon, math.ceil(sampling.horizon * TICKS) + TICKS,
+        HALO=carry is not None, LEARN=weight is not None, M=bases, MP=_power_of_2(bases), BLOCK=block, num_warps=4,
     )
     x = torch.empty(batch, slots, d, dtype=u.dtype, device=u.device)
     u, stride_b, stride_l = _strides(u)
     halo, block = u if carry is None else carry.tokens.contiguous(), _block(d, largest_block)
-    _merge[(triton.cdiv(d, block) * triton.cdiv(slots, per_program), batch)](
-        u, halo, clock.emitter, taps_of, mass, basis, x, slots, d, taps, stride_b, stride_l, per_program,
-        HALO=carry is not None, M=bases, CHUNK=_chunk(sampling), BLOCK=block, num_warps=1,
+    blocks = _cdiv(d, block)
+    share = per_program or _share(slots, batch, blocks, 20)
+    launch(
+        _merge, (blocks * _cdiv(slots, share), batch),
+        u, halo, at_slots, table, basis, x, slots, d, taps, stride_b, stride_l, share,
+        HALO=carry is not None, M=bases, CHUNK=chunk, BLOCK=block, num_warps=1,
     )
-    return x, clock, dev, position, (taps_of, mass, slope, gate)
+    return x, clock, dev, position, (tokens, floats, at_slots, table)
 
 
 def compress_backward(
     grad_x: Tensor, grad_phase: Tensor | None, u: Tensor, halo: Tensor | None, basis: Tensor, weight: Tensor | None,
-    clock: Clock, saved: tuple[Tensor, ...], sampling: Sampling, out: Tensor | None = None,
-    slots_per_program: int = 8, tokens_per_program: int = 16, largest_block: int = 256,
+    saved: tuple[Tensor, ...], sampling: Sampling, out: Tensor | None = None,
+    slots_per_program: int | None = None, tokens_per_program: int | None = None, slots_block: int = 128, tokens_block: int = 256,
+    chunk: int = 3,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u (into `out`, which may be strided, if given), halo, basis, weight and bias."""
-    taps_of, mass, slope, gate = saved
+    tokens, floats, at_slots, table = saved
     (batch, length, d), slots, bases, taps = u.shape, grad_x.shape[1], len(basis), sampling.window_taps
-    floats, learn, has_halo = dict(dtype=torch.float32, device=u.device), weight is not None, halo is not None
+    device, learn, has_halo = u.device, weight is not None, halo is not None
     u, stride_b, stride_l = _strides(u)
     grad_x, grad_b, grad_j = _strides(grad_x)
-    basis, block = basis.contiguous(), _block(d, largest_block)
-    blocks, chunks = triton.cdiv(d, block), triton.cdiv(slots, slots_per_program)
-    older = halo if has_halo else u
-    lag_parts = torch.empty((blocks, batch, slots, taps) if learn else 0, **floats)
-    basis_parts = torch.empty(batch * chunks, bases, d, **floats)
-    _merge_backward_slots[(blocks * chunks, batch)](
-        u, older, grad_x, clock.emitter, taps_of, mass, slope, basis, lag_parts, basis_parts,
-        batch, slots, d, taps, stride_b, stride_l, grad_b, grad_j, slots_per_program,
-        HALO=has_halo, LEARN=learn, M=bases, CHUNK=_chunk(sampling), BLOCK=block, num_warps=1,
+    basis, block = basis.contiguous(), _block(d, slots_block)
+    blocks = _cdiv(d, block)
+    share = slots_per_program or _share(slots, batch, blocks, 16)
+    chunks = _cdiv(slots, share)
+    lag_parts = torch.empty((blocks, batch, slots, taps) if learn else 0, device=device)
+    basis_parts = torch.empty(batch * chunks, bases * d, device=device)
+    launch(
+        _merge_backward_slots, (blocks * chunks, batch),
+        u, halo if has_halo else u, grad_x, at_slots, table, basis, lag_parts, basis_parts,
+        slots, d, taps, stride_b, stride_l, grad_b, grad_j, share,
+        HALO=has_halo, LEARN=learn, M=bases, CHUNK=chunk, BLOCK=block, num_warps=1,
     )
     before = taps - 1 if has_halo else 0
-    covering = torch.empty(batch, before + length, dtype=torch.int32, device=u.device)
-    grad_logit = torch.empty((batch, length) if learn else 0, **floats)
-    phase_strides = (0, 0) if grad_phase is None else grad_phase.stride()
+    covering = torch.empty(batch, before + length, dtype=torch.int32, device=device)
+    grad_logit = torch.empty((batch, length) if learn else 0, device=device)
     # No clock runs longer than 1 / low tokens between emissions.
     reach = max(taps, math.ceil(1 / sampling.low) + 1) if learn else taps
-    _interval_backward[(triton.cdiv(before + length, 128), batch)](
-        clock.newest, taps_of, clock.cut, gate, lag_parts, mass if grad_phase is None else grad_phase, covering, grad_logit,
-        batch, length, slots, taps, before, reach, blocks, *phase_strides, sampling.high - sampling.low,
-        LEARN=learn, PHASE=grad_phase is not None, BLOCK=128, num_warps=4,
+    launch(
+        _interval_backward, (_cdiv(before + length, 128), batch),
+        tokens, at_slots, floats[1], lag_parts, lag_parts if grad_phase is None else grad_phase, covering, grad_logit,
+        length, slots, taps, before, reach, blocks, *((0, 0) if grad_phase is None else grad_phase.stride()),
+        sampling.high - sampling.low, LEARN=learn, PHASE=grad_phase is not None, BLOCK=128, num_warps=4,
     )
-    grad_u = torch.empty(batch, length, d, dtype=u.dtype, device=u.device) if out is None else out
-    grad_halo = torch.empty_like(older) if has_halo else None
-    chunks = triton.cdiv(before + length, tokens_per_program)
-    clock_parts = torch.empty((batch * chunks, d + 1) if learn else 0, **floats)
+    grad_u = torch.empty(batch, length, d, dtype=u.dtype, device=device) if out is None else out
+    grad_halo = torch.empty_like(halo) if has_halo else None
+    block = _block(d, tokens_block)
+    blocks = _cdiv(d, block)
+    share = tokens_per_program or _share(before + length, batch, blocks, 16)
+    chunks = _cdiv(before + length, share)
+    clock_parts = torch.empty((batch * chunks, d + 1) if learn else (0, 0), device=device)
     _, out_b, out_l = _strides(grad_u)
-    _merge_backward_tokens[(blocks * chunks, batch)](
-        u, grad_x, clock.emitter, clock.newest, covering, mass, basis, weight if learn else basis, grad_logit,
+    launch(
+        _merge_backward_tokens, (blocks * chunks, batch),
+        u, grad_x, at_slots, tokens, covering, table, basis, weight if learn else basis, grad_logit,
         grad_u, grad_halo if has_halo else grad_u, clock_parts,
-        length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, out_b, out_l, before, tokens_per_program,
+        length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, out_b, out_l, before, share,
         HALO=has_halo, LEARN=learn, M=bases, CHUNK=2, BLOCK=block, num_warps=1,
     )
-    grad_basis = basis_parts.sum(0).to(basis.dtype)
+    grad_basis = torch.empty(bases, d, dtype=basis.dtype, device=device)
+    grad_clock = torch.empty(d + 1, dtype=weight.dtype, device=device) if learn else clock_parts
+    _add_up(basis_parts, grad_basis, clock_parts, grad_clock)
     if not learn:
         return grad_u, grad_halo, grad_basis, None, None
-    grad_clock = clock_parts.sum(0).to(weight.dtype)
     return grad_u, grad_halo, grad_basis, grad_clock[:d], grad_clock[d:]
 
 
 class _Compress(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, halo, basis, weight, bias, reset, sampling, slots, carry):
+    def forward(ctx, u, halo, basis, weight, bias, reset, sampling, slots, carry, fixed):
+        """x and the phase; what carries no gradients goes into the list `fixed`: autograd's work grows with each output."""
         ctx.set_materialize_grads(False)
-        halo = None if carry is None else halo.contiguous()
-        carry = None if carry is None else carry._replace(tokens=halo)
+        if carry is not None:
+            halo = halo.contiguous()
+            carry = carry._replace(tokens=halo)
         x, clock, dev, position, saved = compress_forward(u, basis, weight, bias, reset, sampling, slots, carry)
-        ctx.save_for_backward(u, halo, basis, weight, *saved, *clock)
+        fixed += clock, dev, position
+        ctx.save_for_backward(u, halo, basis, weight, *saved)
         ctx.sampling = sampling
-        fixed = [v for name, v in clock._asdict().items() if name != "phase" or weight is None]
-        ctx.mark_non_differentiable(dev, position, *fixed)
-        return x, dev, position, *clock
+        if weight is None:
+            ctx.mark_non_differentiable(clock.phase)
+        return x, clock.phase
 
     @staticmethod
-    def backward(ctx, grad_x, _dev, _position, *grad_clock):
-        u, halo, basis, weight, *rest = ctx.saved_tensors
-        saved, clock = rest[:4], Clock(*rest[4:])
+    def backward(ctx, grad_x, grad_phase):
+        u, halo, basis, weight, *saved = ctx.saved_tensors
         if grad_x is None:
-            grad_x = torch.zeros(len(u), clock.emitter.shape[1], u.shape[2], dtype=u.dtype, device=u.device)
-        grad_phase = Clock(*grad_clock).phase
-        grads = compress_backward(grad_x, grad_phase, u, halo, basis, weight, clock, saved, ctx.sampling)
-        return *grads, None, None, None, None
+            grad_x = torch.zeros(len(u), saved[2].shape[2], u.shape[2], dtype=u.dtype, device=u.device)
+        grads = compress_backward(grad_x, grad_phase, u, halo, basis, weight, saved, ctx.sampling)
+        return *grads, None, None, None, None, None
 
 
 def compress(
     u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
     carry: Carry | None = None,
 ) -> tuple[Tensor, Clock, Carry]:
-    halo = None if carry is None else carry.tokens.to(u.dtype)
-    x, dev, position, *clock = _Compress.apply(u, halo, basis, weight, bias, reset, sampling, slots, carry)
-    clock = Clock(*clock)
-    return x, clock, hand_on(u, clock.steps, dev, position, sampling, carry)
+    halo, fixed = None if carry is None else carry.tokens.to(u.dtype), []
+    x, phase = _Compress.apply(u, halo, basis, weight, bias, reset, sampling, slots, carry, fixed)
+    clock, dev, position = fixed
+    return x, clock._replace(phase=phase), hand_on(u, clock.steps, dev, position, sampling, carry)
 
 
 def decompress_forward(
     y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling, tail: Tensor | None = None, out: Tensor | None = None,
-    per_program: int = 8, largest_block: int = 256,
+    per_program: int | None = None, largest_block: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """z (into `out`, which may be strided, if given) and the tail after y."""
     (batch, _, d), length, taps = y.shape, clock.newest.shape[1], sampling.readout_taps
@@ -731,9 +853,12 @@ def decompress_forward(
     y, y_b, y_j = _strides(y)
     _, z_b, z_l = _strides(z)
     block = _block(d, largest_block)
-    _restore[(triton.cdiv(d, block) * (triton.cdiv(length, per_program) + 1), batch)](
+    blocks = _cdiv(d, block)
+    share = per_program or _share(length, batch, blocks, 28)
+    launch(
+        _restore, (blocks * (_cdiv(length, share) + 1), batch),
         y, y if tail is None else tail, clock.newest, clock.phase, clock.count, clock.n_live, basis.contiguous(), z, tail_out,
-        length, d, y_b, y_j, z_b, z_l, sampling.readout_width, per_program,
+        length, d, y_b, y_j, z_b, z_l, sampling.readout_width, share,
         TAIL=tail is not None, Q=taps, M=len(basis), BLOCK=block, num_warps=1,
     )
     return z, tail_out
@@ -741,28 +866,33 @@ def decompress_forward(
 
 def decompress_backward(
     grad_z: Tensor, grad_tail_out: Tensor | None, y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling,
-    tail: Tensor | None = None, learn: bool = True, per_program: int = 8, largest_block: int = 256,
+    tail: Tensor | None = None, learn: bool = True, per_program: int | None = None, largest_block: int = 128, chunk: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of y, basis, tail and, if the clock learns, of the phase (B, L). grad_z (B, L, d) may be strided."""
     (batch, slots, d), length, taps, bases = y.shape, clock.newest.shape[1], sampling.readout_taps, len(basis)
     y, y_b, y_j = _strides(y)
     grad_z, z_b, z_l = _strides(grad_z)
     block = _block(d, largest_block)
-    blocks, before = triton.cdiv(d, block), 0 if tail is None else taps
-    chunks = triton.cdiv(before + slots, per_program)
+    blocks, before = _cdiv(d, block), 0 if tail is None else taps
+    share = per_program or _share(before + slots, batch, blocks, 12)
+    chunks = _cdiv(before + slots, share)
     grad_y = torch.empty(batch, slots, d, dtype=y.dtype, device=y.device)
     grad_tail = None if tail is None else torch.empty_like(tail)
-    phase_parts = torch.zeros((taps * blocks, batch, length) if learn else 0, device=y.device)
-    basis_parts = torch.empty(batch * chunks, bases, d, device=y.device)
-    _restore_backward[(blocks * chunks, batch)](
+    phase_parts = torch.empty((taps * blocks, batch * length) if learn else (0, 0), device=y.device)
+    basis_parts = torch.empty(batch * chunks, bases * d, device=y.device)
+    launch(
+        _restore_backward, (blocks * chunks, batch),
         y, y if tail is None else tail, grad_z, y if grad_tail_out is None else grad_tail_out.contiguous(),
         clock.newest, clock.phase, clock.count, clock.emitter, clock.n_live, basis.contiguous(),
         grad_y, grad_y if tail is None else grad_tail, phase_parts, basis_parts,
-        batch, length, slots, d, y_b, y_j, z_b, z_l, sampling.readout_width, per_program,
-        TAIL=tail is not None, TAIL_OUT=grad_tail_out is not None, LEARN=learn, Q=taps, M=bases, CHUNK=2, BLOCK=block,
+        batch, length, slots, d, y_b, y_j, z_b, z_l, sampling.readout_width, share,
+        TAIL=tail is not None, TAIL_OUT=grad_tail_out is not None, LEARN=learn, Q=taps, M=bases, CHUNK=chunk, BLOCK=block,
         num_warps=1,
     )
-    return grad_y, basis_parts.sum(0).to(basis.dtype), grad_tail, phase_parts.sum(0) if learn else None
+    grad_basis = torch.empty(bases, d, dtype=basis.dtype, device=y.device)
+    grad_phase = torch.empty(batch, length, device=y.device) if learn else None
+    _add_up(basis_parts, grad_basis, phase_parts, grad_phase if learn else phase_parts, clock.count if learn else None, blocks)
+    return grad_y, grad_basis, grad_tail, grad_phase
 
 
 class _Decompress(torch.autograd.Function):
@@ -790,4 +920,4 @@ def decompress(
     y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     tail = None if tail is None else tail.to(y.dtype).contiguous()
-    return _Decompress.apply(y, tail, basis, clock.phase, clock._replace(phase=clock.phase.detach()), sampling)
+    return _Decompress.apply(y, tail, basis, clock.phase, clock, sampling)
