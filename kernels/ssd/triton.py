@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
@@ -74,7 +76,8 @@ def forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     warps, stages = blocks.main
     if y.numel():
-        _outputs[(call.batch * call.chunks, call.groups * call.splits)](
+        launch(
+            _outputs, (call.batch * call.chunks, call.groups * call.splits),
             x, B, C, D, call.decay, call.source, call.document, states, y, *call.sizes, *x.stride()[:3], *B.stride()[:3],
             *C.stride()[:3], *y.stride()[:3], HEADS=call.heads, **call.constants, num_warps=warps, num_stages=stages,
         )
@@ -101,17 +104,20 @@ def backward(
     sums = x.new_empty(4, batch, call.chunks, heads, dtype=torch.float32)  # of D, the last decay, A, dt_bias
     partial = x.new_empty(2, call.splits, *B.shape, dtype=torch.float32)
     if x.numel():
-        _backward_x[(batch * call.chunks, call.groups * call.splits)](
+        launch(
+            _backward_x, (batch * call.chunks, call.groups * call.splits),
             x, B, C, D, call.step, call.decay, call.document, states, grad_states, grad_y, grad_x, grad_step, grad_decay, sums,
             *call.sizes, *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *grad_y.stride()[:3], *grad_x.stride()[:3],
             HEADS=call.heads, **call.constants, num_warps=blocks.main[0], num_stages=blocks.main[1],
         )
-        _backward_BC[(batch * call.chunks, call.groups * call.splits)](
+        launch(
+            _backward_BC, (batch * call.chunks, call.groups * call.splits),
             x, B, C, call.decay, call.source, call.document, states, grad_states, grad_y, partial, *call.sizes,
             *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *grad_y.stride()[:3], partial.stride(0),
             HEADS=call.heads, **call.constants, num_warps=blocks.pairs[0], num_stages=blocks.pairs[1],
         )
-        _finish[(batch * call.chunks, triton.cdiv(heads, _HEAD_BLOCK))](
+        launch(
+            _finish, (batch * call.chunks, triton.cdiv(heads, _HEAD_BLOCK)),
             dt, dt_bias, A, live, call.step, grad_step, grad_decay, grad_dt, sums, length, heads, call.chunks,
             *dt.stride()[:2], *grad_dt.stride()[:2], 0 if live is None else live.stride(0), sums.stride(0),
             HAS_LIVE=live is not None, T=blocks.chunk, BLOCK_H=_HEAD_BLOCK, num_warps=4,
@@ -151,7 +157,8 @@ class _Call:
         self.step, self.decay, self.source = x.new_empty(3, self.batch, self.chunks, heads, blocks.chunk, dtype=torch.float32)
         self.document = x.new_empty(self.batch, self.chunks, blocks.chunk, dtype=torch.int32) if reset is not None else None
         if x.numel():
-            _prepare[(self.batch * self.chunks, triton.cdiv(heads, _HEAD_BLOCK))](
+            launch(
+                _prepare, (self.batch * self.chunks, triton.cdiv(heads, _HEAD_BLOCK)),
                 dt, dt_bias, A, reset, live, self.step, self.decay, self.source, self.document, length, heads, self.chunks,
                 *dt.stride()[:2], 0 if reset is None else reset.stride(0), 0 if live is None else live.stride(0),
                 HAS_RESET=reset is not None, HAS_LIVE=live is not None, T=blocks.chunk, BLOCK_H=_HEAD_BLOCK, num_warps=4,
@@ -166,7 +173,8 @@ class _Call:
         constants = dict(self.constants)
         block_p, block_n = min(64, constants.pop("BLOCK_P")), min(64, constants.pop("BLOCK_N"))
         if end.numel():
-            _walk[(triton.cdiv(d_state, block_n) * triton.cdiv(head_dim, block_p) * self.batch * heads,)](
+            launch(
+                _walk, (triton.cdiv(d_state, block_n) * triton.cdiv(head_dim, block_p) * self.batch * heads,),
                 x, B, self.decay, self.source, self.document, start, states, end, length, heads, heads // self.groups,
                 self.chunks, *x.stride()[:3], *B.stride()[:3], HAS_START=start is not None, REVERSE=reverse, BLOCK_P=block_p,
                 BLOCK_N=block_n, **constants, num_warps=self.blocks.walk[0], num_stages=self.blocks.walk[1],
