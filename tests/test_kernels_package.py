@@ -47,7 +47,7 @@ def test_another_package_named_kernels_does_not_shadow_ours(tmp_path):
     (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = lambda name: 'theirs'\n")
     done = python("import kernels; from serpent_scale.kernels.selective_scan import selective_scan; "
                   "print(kernels.get_kernel('x'), selective_scan.__module__)", tmp_path, cwd=tmp_path)
-    assert done.stdout.split() == ["theirs", "serpent_scale.kernels.selective_scan.chunked"], done.stderr
+    assert done.stdout.split() == ["theirs", "serpent_scale.kernels.selective_scan"], done.stderr
 
 
 def test_asking_our_folder_for_their_names_says_which_package_was_found():

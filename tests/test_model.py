@@ -54,14 +54,16 @@ def test_packed_documents_give_what_they_give_alone():
         torch.testing.assert_close(got, model(part)[0], rtol=1e-8, atol=1e-9)
 
 
-def test_decoding_token_by_token_equals_the_batch_form():
+@pytest.mark.parametrize("gradients", [True, False])
+def test_decoding_token_by_token_equals_the_batch_form(gradients):
     model = small(dtype=torch.float64)
     tokens, _ = rows((57,))
     batch, _ = model(tokens)
     states, steps = None, []
-    for t in range(57):
-        logits, states = model(tokens[:, t : t + 1], states=states)
-        steps.append(logits)
+    with torch.set_grad_enabled(gradients):
+        for t in range(57):
+            logits, states = model(tokens[:, t : t + 1], states=states)
+            steps.append(logits)
     torch.testing.assert_close(torch.cat(steps, 1), batch, rtol=1e-8, atol=1e-9)
     greedy = torch.stack(list(generate(model, tokens[:, :20], 12, temperature=0)), 1)
     grown = tokens[:, :20]
@@ -142,6 +144,16 @@ def test_memory_estimate_shards_by_stage_and_counts_activations():
     one, four = memory_per_rank(config, 1, "cpu"), memory_per_rank(config, 4, "cpu")
     assert one["parameters"] == 4 * four["parameters"] and one["Adam moments"] == 4 * four["Adam moments"]
     assert one["activations"] == four["activations"] > 64 * 2 * 32 * 4 * 4
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "serpent"])
+def test_memory_estimate_for_a_gpu_needs_none_and_is_less_than_the_cpu_form_keeps(pattern):
+    config = Config(model=ModelConfig(d_model=1024, n_layers=8, pattern=[pattern]), data=DataConfig(seq_len=2048))
+    on_gpu, on_cpu = (memory_per_rank(config, 1, device)["activations"] for device in ("cuda", "cpu"))
+    tokens = 8 * 2048
+    # a Mamba layer: xz, y, the norm's output and the stream, and a state (D, N) every 32 tokens
+    layer = tokens * (2 * (3 * 2048 + 64 + 32) + 4 * 2048 * 16 / 32 + (2 + 4) * 1024)
+    assert 8 * layer * 0.9 < on_gpu < 8 * layer * 1.5 + 2**30 and on_gpu < on_cpu
 
 
 def text(lengths, seed=0):

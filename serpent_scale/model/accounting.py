@@ -60,7 +60,7 @@ def flops_per_token(config: ModelConfig) -> Flops:
 
 def memory_per_rank(config: Config, world_size: int, device: str) -> dict[str, float]:
     """Estimated bytes on one rank: fp32 parameters, gradients and Adam moments under ZeRO, and what the backward pass of
-    one micro-batch keeps (counted on fake tensors, without allocating)."""
+    one micro-batch keeps. device: cpu, counted on fake tensors, or cuda, by what our kernels there keep."""
     n, stage = sum(parameter_counts(config.model).values()), config.training.zero_stage
     share = [1 if stage < k else world_size for k in (3, 2, 1)]
     return {
@@ -73,19 +73,32 @@ def memory_per_rank(config: Config, world_size: int, device: str) -> dict[str, f
 
 def _activation_bytes(config: Config, device: str) -> float:
     model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
-    names = layer_names(model)
-    kept = {name: _saved_bytes(name, config, device) for name in set(names)}
+    names, on_cpu = layer_names(model), device == "cpu"
+    kept = {name: (_saved_bytes if on_cpu else _kernels_bytes)(name, config) for name in set(names)}
     stream = 4 * rows * length * model.d_model
     if config.training.activation_checkpointing:
         total = stream * len(names) + max(kept.values())
     else:
         total = sum(kept[name] for name in names)
+    if not on_cpu and config.training.precision == "bf16":  # autocast's copies of the weights
+        total += 2 * sum(parameter_counts(model).values())
     chunk_logits = 3 * 4 * 2048 * padded_vocab(model.vocab_size)
     return total + 3 * stream + chunk_logits
 
 
-def _saved_bytes(name: str, config: Config, device: str) -> float:
-    """Bytes one block keeps for its backward pass, counted on at most 512 tokens a row and scaled up."""
+def _kernels_bytes(name: str, config: Config) -> float:
+    """Bytes one block keeps for its backward pass on a GPU."""
+    model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
+    d, itemsize = model.d_model, 2 if config.training.precision == "bf16" else 4
+    if name == "mamba":
+        mixer = Mamba.kept_bytes(int(model.mamba.expand * d), model.mamba, itemsize)
+    else:
+        mixer = serpent.kept_bytes(d, model.serpent, model.mamba, itemsize, length)
+    return rows * length * ((4 + itemsize) * d + mixer)  # the residual stream, and what the norm makes of it
+
+
+def _saved_bytes(name: str, config: Config) -> float:
+    """Bytes one block keeps for its backward pass on a CPU, counted on at most 512 tokens a row and scaled up."""
     rows, length = config.training.micro_batch, min(config.data.seq_len, 512)
     seen: dict[int, torch.Tensor] = {}
 
@@ -94,11 +107,11 @@ def _saved_bytes(name: str, config: Config, device: str) -> float:
             seen[id(tensor.untyped_storage())] = tensor
         return tensor
 
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode():
         block = Block(name, config.model)
         h = torch.empty(rows, length, config.model.d_model, requires_grad=True)
         documents = Documents.whole(rows, length)
-        autocast = torch.autocast(device, torch.bfloat16, enabled=config.training.precision == "bf16")
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")
         with autocast, saved_tensors_hooks(keep, lambda t: t):
-            block(h, documents)
+            block(h, None, documents)
     return sum(t.untyped_storage().nbytes() for t in seen.values()) * config.data.seq_len / length

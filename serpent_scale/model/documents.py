@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,11 +18,22 @@ class Documents:
     lengths: per row, on the host, the lengths of its pieces of documents, in order, summing to L. They bound how many
     elements a row can emit, without asking the device.
     live (B, L) bool: True at slots in use, which come first in each row; None if all are.
+    since_reset (B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch.
+    n_live (B,) int64: slots in use per row, None if all are. These two follow from the others, for whom does not know them yet.
     """
 
     reset: Tensor
     lengths: tuple[tuple[int, ...], ...] = ()
     live: Tensor | None = None
+    since_reset: Tensor | None = None
+    n_live: Tensor | None = None
+
+    def __post_init__(self):
+        if self.since_reset is None:
+            at = torch.arange(self.reset.shape[1], device=self.reset.device).expand_as(self.reset)
+            object.__setattr__(self, "since_reset", at - torch.where(self.reset, at, -FAR).cummax(1).values)
+        if self.n_live is None and self.live is not None:
+            object.__setattr__(self, "n_live", self.live.sum(1))
 
     @classmethod
     def whole(cls, batch: int, length: int, device=None) -> Documents:
@@ -30,23 +41,18 @@ class Documents:
         return cls(torch.zeros(batch, length, dtype=torch.bool, device=device), ((length,),) * batch)
 
     def to(self, device) -> Documents:
-        live = None if self.live is None else self.live.to(device)
+        live = None if self.live is None else self.live.to(device, non_blocking=True)
         return Documents(self.reset.to(device, non_blocking=True), self.lengths, live)
-
-    @cached_property
-    def since_reset(self) -> Tensor:
-        """(B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch."""
-        at = torch.arange(self.reset.shape[1], device=self.reset.device).expand_as(self.reset)
-        return at - torch.where(self.reset, at, -FAR).cummax(1).values
-
-    @cached_property
-    def n_live(self) -> Tensor | None:
-        """(B,) int64 slots in use per row, None if all are."""
-        return None if self.live is None else self.live.sum(1)
 
     def capacity(self, rate: int, band: int, ticks: int) -> int:
         """Most elements any row can emit with a clock of `rate` ticks a token that keeps within `band` ticks.
 
         Any W consecutive tokens of one document emit at most floor((rate W + 2 band) / ticks) + 1 elements.
         """
-        return max(sum(min(w, (rate * w + 2 * band) // ticks + 1) for w in row) for row in self.lengths)
+        return _capacity(self.lengths, rate, band, ticks)
+
+
+@lru_cache(maxsize=64)
+def _capacity(lengths: tuple[tuple[int, ...], ...], rate: int, band: int, ticks: int) -> int:
+    """Remembered, as every layer asks."""
+    return max(sum(min(w, (rate * w + 2 * band) // ticks + 1) for w in row) for row in lengths)

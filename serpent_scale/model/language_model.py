@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from serpent_scale.config import ModelConfig
 from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_nll
+from serpent_scale.kernels.rms_norm import rms_norm
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba
 from serpent_scale.model.serpent import Serpent
@@ -30,17 +31,37 @@ def padded_vocab(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
+class RMSNorm(nn.Module):
+    """Adds y to the residual stream h (float32 or better) and normalises the sum, in the autocast dtype where that is on.
+
+    Returns (normalised, sum). y None: there is nothing to add yet.
+    """
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
+
+    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if y is None:
+            return rms_norm(h, self.weight, self.eps, out_dtype=dtype)
+        return rms_norm(y, self.weight, self.eps, h, dtype)
+
+
 class Block(nn.Module):
-    """h + mixer(norm(h)), h in float32 or better."""
+    """(h, y) -> (h + y, mixer(norm(h + y))): what a mixer adds to the residual stream h is added by the norm after it, so that
+    one kernel does both. y in the mixer's dtype, None before the first block."""
 
     def __init__(self, name: str, config: ModelConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = build_mixer(name, config)
 
-    def forward(self, h: Tensor, documents: Documents, state=None):
-        y, state = self.mixer(self.norm(h), documents, state)
-        return h + y, state
+    def forward(self, h: Tensor, y: Tensor | None, documents: Documents, state=None):
+        x, h = self.norm(h, y)
+        y, state = self.mixer(x, documents, state)
+        return h, y, state
 
 
 class Readout(nn.Module):
@@ -49,10 +70,10 @@ class Readout(nn.Module):
     def __init__(self, weight: nn.Parameter, config: ModelConfig):
         super().__init__()
         self.weight, self.vocab_size = weight, config.vocab_size
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, h: Tensor, labels: Tensor | None = None, per_token: bool = False) -> Tensor:
-        h = self.norm(h)
+    def forward(self, h: Tensor, y: Tensor, labels: Tensor | None = None, per_token: bool = False) -> Tensor:
+        h, _ = self.norm(h, y)
         if labels is None:
             return (h @ self.weight.t())[..., : self.vocab_size]
         if per_token:
@@ -84,12 +105,14 @@ class LanguageModel(nn.Module):
         if documents is None:
             documents = Documents.whole(*tokens.shape, device=tokens.device)
         h = self.embedding(tokens).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
-        after = []
+        y, after = None, []
         for i, block in enumerate(self.blocks):
             state = None if states is None else states[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h, state = checkpoint(block, h, documents, state, use_reentrant=False)
+                h, y, state = checkpoint(block, h, y, documents, state, use_reentrant=False)
             else:
-                h, state = block(h, documents, state)
+                h, y, state = block(h, y, documents, state)
             after.append(state)
-        return self.readout(h[:, -1:] if last_only else h, labels, per_token), after
+        if last_only:
+            h, y = h[:, -1:], y[:, -1:]
+        return self.readout(h, y, labels, per_token), after

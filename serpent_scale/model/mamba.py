@@ -5,13 +5,15 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
-from serpent_scale.kernels.selective_scan import selective_scan
+from serpent_scale.kernels.mamba_inner import mamba_inner
+from serpent_scale.kernels.selective_state_update import selective_state_update
 from serpent_scale.model.documents import Documents
+
+TOKENS_A_STATE = 32  # the GPU's scan keeps one state for the backward pass every so many tokens
 
 
 class MambaState(NamedTuple):
@@ -20,8 +22,10 @@ class MambaState(NamedTuple):
 
 
 def dt_rank(d_inner: int) -> int:
-    """Rank of the step projection: d_model / 16 at the usual expansion of 2."""
-    return math.ceil(d_inner / 32)
+    """Rank of the step projection: d_model / 16 at the usual expansion of 2; a multiple of 8, as matrix units want it, where
+    that makes little difference."""
+    rank = math.ceil(d_inner / 32)
+    return rank if rank < 16 else 8 * math.ceil(rank / 8)
 
 
 class Mamba(nn.Module):
@@ -55,20 +59,38 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """Slots that are not live leave the state as it is; their outputs mean nothing. Returns (y, state after x)."""
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return self._decode(x, documents, state)
         halo, ssm = (None, None) if state is None else state
-        u, z = self.in_proj(x).chunk(2, -1)
-        u, halo = causal_conv1d(u, self.conv_weight, self.conv_bias, documents.since_reset, halo, documents.n_live)
-        dt, B, C = self.x_proj(u).split([self.rank, self.d_state, self.d_state], -1)
-        y, ssm = selective_scan(
-            u, self.dt_proj(dt), -torch.exp(self.A_log),
-            B, C, self.D, z, self.dt_bias, documents.reset, documents.live, ssm,
+        y, halo, ssm = mamba_inner(
+            self.in_proj(x), self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias, self.A_log,
+            self.D, documents.since_reset, documents.n_live, documents.reset, documents.live, halo, ssm,
         )
         return self.out_proj(y), MambaState(halo, ssm)
+
+    def _decode(self, x: Tensor, documents: Documents, state: MambaState) -> tuple[Tensor, MambaState]:
+        """One token a row, without gradients."""
+        u, z = self.in_proj(x).chunk(2, -1)
+        u, halo = causal_conv1d(u, self.conv_weight, self.conv_bias, documents.since_reset, state.conv, documents.n_live)
+        dt, B, C = self.x_proj(u).split([self.rank, self.d_state, self.d_state], -1)
+        dt = self.dt_proj(dt)
+        if documents.live is not None:
+            dt = dt.masked_fill(~documents.live[..., None], -math.inf)  # a step of 0
+        y, ssm = selective_state_update(
+            state.ssm, u[:, 0], dt[:, 0], -torch.exp(self.A_log), B[:, 0], C[:, 0], self.D, z[:, 0], self.dt_bias,
+            documents.reset[:, 0],
+        )
+        return self.out_proj(y[:, None]), MambaState(halo, ssm)
 
     @staticmethod
     def parameter_count(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> int:
         n, r = config.d_state, dt_rank(d_inner)
         return d_inner * (2 * d_in + config.d_conv + 1 + r + 2 * n + r + 1 + n + 1 + d_out)
+
+    @staticmethod
+    def kept_bytes(d_inner: int, config: MambaConfig, itemsize: int) -> float:
+        """What a GPU keeps of one token for the backward pass, the input left out: xz, y, x_proj's output and scan states."""
+        return itemsize * (3 * d_inner + dt_rank(d_inner) + 2 * config.d_state) + 4 * d_inner * config.d_state / TOKENS_A_STATE
 
     @staticmethod
     def flops(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from serpent_scale.config import MambaConfig, SerpentConfig
-from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, compress, decompress
+from serpent_scale.kernels.resample import TICKS, Carry, Sampling, compress, decompress
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba
 
@@ -59,20 +59,14 @@ class Branch(nn.Module):
             u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
             window,
         )
-        y, inner = self.inner(x, _elements(clock), inner)
+        elements = Documents(clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live)
+        y, inner = self.inner(x, elements, inner)
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
         return z, BranchState(window, inner, outputs)
 
     def slots(self, documents: Documents) -> int:
         """Room for every element these documents can emit."""
         return documents.capacity(self.sampling.rate, self.sampling.band, TICKS)
-
-
-def _elements(clock: Clock) -> Documents:
-    """The documents of the emitted elements."""
-    documents = Documents(clock.reset, live=clock.live)
-    documents.__dict__.update(since_reset=clock.since_reset, n_live=clock.n_live)  # known already: not to be worked out again
-    return documents
 
 
 class Serpent(nn.Module):
@@ -121,6 +115,20 @@ def parameter_count(d_model: int, inners: list[int], outs: list[int], config: Se
         total += Mamba.parameter_count(d_model, inner, out, mamba)
         if rate != 1:
             total += config.n_bases * (d_model + out) + (d_model + 1 if config.learn_clock else 0)
+    return total
+
+
+def kept_bytes(d_model: int, config: SerpentConfig, mamba: MambaConfig, itemsize: int, length: int) -> float:
+    """What a GPU keeps of one token for the backward pass, the input left out. length: tokens of a row."""
+    total = itemsize * d_model  # the branches' outputs side by side
+    for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mamba)):
+        element = Mamba.kept_bytes(inner, mamba, itemsize)
+        if rate == 1:
+            total += element
+            continue
+        taps = math.ceil(config.horizon * config.spread / rate) + 1
+        element += itemsize * (d_model + out) + 8 * config.n_bases * taps + 16  # x and y, the window's tables, the slot
+        total += min(1, rate + (2 * config.band + 1) / length) * element + 32  # and the clock
     return total
 
 

@@ -1,0 +1,21 @@
+"""What lies between a Mamba layer's two wide projections: causal convolution, x_proj, dt_proj, selective scan and gate.
+`mamba_inner` chooses: `triton.py`, fused for memory, on CUDA devices, `reference.py`, the meaning, elsewhere."""
+import torch
+
+from . import reference
+
+__all__ = ["mamba_inner"]
+
+
+def mamba_inner(
+    xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset=None, n_live=None, reset=None, live=None,
+    halo=None, initial_state=None,
+):
+    """See `reference.mamba_inner`: y (B, L, D), the halo out (B, W-1, D) and the final state (B, D, N)."""
+    if xz.is_cuda and xz.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from .triton import mamba_inner as chosen
+    else:
+        chosen = reference.mamba_inner
+    return chosen(
+        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
+    )

@@ -1,0 +1,31 @@
+"""The inside of a Mamba layer (Gu & Dao, arXiv 2312.00752, section 3.4) as a composition of the plain operations."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..causal_conv1d import causal_conv1d
+from ..selective_scan import selective_scan
+
+
+def mamba_inner(
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, since_reset: Tensor | None = None, n_live: Tensor | None = None, reset: Tensor | None = None,
+    live: Tensor | None = None, halo: Tensor | None = None, initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = scan(u, dt_proj dt, -exp(A_log), B, C) gated by z, with u = silu(conv(x)), (dt, B, C) = x_proj u, (x, z) = xz.
+
+    xz (B, L, 2D); conv_weight (D, W), tap 0 is the newest token; x_proj (R + 2N, D), its rows those of dt, B and C;
+    dt_proj (D, R); A_log (D, N); conv_bias, dt_bias, D (D,). since_reset and n_live as in `causal_conv1d`, reset and live
+    as in `selective_scan`.
+    halo (B, W-1, D) and initial_state (B, D, N): what an earlier piece of the row left. Both products are in xz's dtype.
+    Returns y (B, L, D) in xz's dtype, the halo out and the final state. Differentiable in every float input.
+    """
+    rank, d_state = dt_proj.shape[1], A_log.shape[1]
+    x, z = xz.chunk(2, -1)
+    u, halo = causal_conv1d(x, conv_weight, conv_bias, since_reset, halo, n_live)
+    dt, B, C = F.linear(u, x_proj.to(u.dtype)).split([rank, d_state, d_state], -1)
+    dt = F.linear(dt, dt_proj.to(dt.dtype))
+    y, state = selective_scan(u, dt, -torch.exp(A_log), B, C, D, z, dt_bias, reset, live, initial_state)
+    return y, halo, state
