@@ -31,7 +31,7 @@ def main() -> None:
     if args.dry_run:
         print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         return
-    ranks = processes.start()
+    ranks = processes.start(config.training.deterministic)
     from serpent_scale.training.trainer import Trainer, prepare_run_folder  # after start(), which picks DeepSpeed's device
 
     try:
@@ -47,8 +47,6 @@ def main() -> None:
 
 def print_plan(config, world_size: int) -> None:
     """What the run will be, without starting it."""
-    import torch
-
     print(config.to_yaml())
     counts, flops = parameter_counts(config.model), flops_per_token(config.model)
     for part, n in counts.items():
@@ -56,10 +54,11 @@ def print_plan(config, world_size: int) -> None:
     print(f"{'total':<24}{sum(counts.values()):>16,} parameters")
     print(f"{'FLOPs per token':<24}{flops.training / 1e9:>16.3f} GFLOP, forward and backward "
           f"({flops.matmul / (flops.matmul + flops.other):.1%} in matrix products)")
-    memory = memory_per_rank(config, world_size, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"  # not what this machine has: plans are made anywhere
+    memory = memory_per_rank(config, world_size, device)
     for part, size in memory.items():
         print(f"{part:<24}{size / GIB:>16.2f} GiB per rank")
-    print(f"{'estimated total':<24}{sum(memory.values()) / GIB:>16.2f} GiB per rank, {world_size} ranks, "
+    print(f"{'estimated total':<24}{sum(memory.values()) / GIB:>16.2f} GiB per rank, {world_size} ranks on {device}, "
           f"ZeRO-{config.training.zero_stage}")
     tokens = config.total_steps * config.training.global_batch * config.data.seq_len
     print(f"{'steps':<24}{config.total_steps:>16,} of {config.training.global_batch} x {config.data.seq_len} tokens: "

@@ -128,6 +128,13 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(workplace):
     assert not (workplace / "dry").exists()
 
 
+def test_deterministic_is_set_before_anything_starts():
+    code = ("import os, torch; from serpent_scale.parallel import processes; processes.start(deterministic=True); "
+            "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG']); processes.stop()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-2:] == ["True", ":4096:8"], done.stderr
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--config", "configs/nothing.yaml"], ["configs/nothing.yaml", "no such config"]),
     (["training.global_batch=8", "training.micro_batch=8", "model.vocab_size=512"], ["model.vocab_size=512", "has 300 tokens"]),

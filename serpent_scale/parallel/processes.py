@@ -26,8 +26,15 @@ class Processes:
     device: torch.device
 
 
-def start() -> Processes:
-    """Join the other ranks. Raises UserError when the launcher's variables do not add up or a rank has no GPU."""
+def start(deterministic: bool = False) -> Processes:
+    """Join the other ranks. Raises UserError when the launcher's variables do not add up or a rank has no GPU.
+
+    deterministic: torch's own operations repeat to the bit too, see `training.deterministic`.
+    """
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over each new tensor
     for name, value in rank_variables(os.environ).items():
         os.environ[name] = value
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))

@@ -26,12 +26,10 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     """AdamW for DeepSpeed to wrap; fused on GPUs."""
     settings = config.optimizer
     options = dict(lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps)
-    if device.type == "cuda":
-        options["fused"] = True
     groups = parameter_groups(model, settings.weight_decay)
     if config.training.zero_stage == 0:
         return GuardedAdamW(groups, clip=config.training.grad_clip, **options)
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -40,23 +38,28 @@ class GuardedAdamW(torch.optim.AdamW):
     The gradient norm before clipping, clipping, and no step at all where that norm is not finite. The engine reads
     `_global_grad_norm` and `overflow` of whatever optimizer it holds: its `get_global_grad_norm()` and `skipped_steps` are
     then right at stage 0 too. Ranks agree, since stage 0 hands each of them the same averaged gradients.
+
+    The fused kernel divides gradients by a factor on the device, and does nothing where a flag there says so: the update is
+    launched before the norm is known on the host.
     """
 
     def __init__(self, groups: list[dict], clip: float, **options):
-        super().__init__(groups, **options)
-        self.clip, self.overflow, self._global_grad_norm = clip, False, None
+        super().__init__(groups, fused=True, **options)
+        self.clip, self._global_grad_norm = clip, torch.zeros(())
+        self.grad_scale = self.found_inf = None  # what torch's fused step reads
+
+    @property
+    def overflow(self) -> bool:
+        return not math.isfinite(self._global_grad_norm)
 
     @torch.no_grad()
     def step(self, closure=None):
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
-            self._global_grad_norm = math.inf  # as ZeRO says it
-            return None
+        norm = nn.utils.get_total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        finite = norm.isfinite()
+        self.found_inf = 1 - finite.float()
         if self.clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            self.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
+        self._global_grad_norm = torch.where(finite, norm, math.inf)  # as ZeRO says it
         return super().step(closure)
 
 

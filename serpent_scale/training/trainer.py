@@ -5,12 +5,13 @@ import math
 import os
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import torch
 
-from data_pipeline.stream import TokenStream
+from data_pipeline.stream import Batch, TokenStream
 from serpent_scale.checkpoint import store
 from serpent_scale.config import Config
 from serpent_scale.errors import UserError
@@ -24,6 +25,24 @@ from serpent_scale.training.optimizer import build_optimizer, learning_rate
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceBatch:
+    """A batch of the stream on a device."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    documents: Documents
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
+        """The copy waits for nothing: a GPU reads pinned memory when it comes to it."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return cls(move(batch.tokens), move(batch.labels), Documents(move(batch.reset), batch.lengths))
 
 
 class Trainer:
@@ -47,6 +66,7 @@ class Trainer:
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
+        self.ahead: tuple[int, DeviceBatch] | None = None  # a batch fetched before its turn, and its first sample
 
     @property
     def checkpoints(self) -> Path:
@@ -94,7 +114,10 @@ class Trainer:
             self.metrics.close()
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step over the global batch: its metrics."""
+        """One optimizer step over the global batch: its metrics.
+
+        The host waits for the device once, at the end, for the loss and the gradient norm.
+        """
         training, started = self.config.training, time.perf_counter()
         rate = learning_rate(self.step, self.config.schedule, self.config.total_steps, self.config.optimizer.lr)
         for group in self.optimizer.param_groups:
@@ -102,13 +125,14 @@ class Trainer:
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
         for micro_step in range(self.accumulation):
             fetched = time.perf_counter()
-            batch = self.stream.batch(self._first_sample(micro_step), training.micro_batch)
+            batch = self._batch(self._first_sample(self.step, micro_step))
             data_seconds += time.perf_counter() - fetched
             loss_sum = self._loss(batch)
             # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
             self.engine.backward(loss_sum / batch.tokens.numel())
+            self._fetch_ahead(micro_step)
             self.engine.step()
-            totals += torch.stack([loss_sum.detach().double(), (batch.labels >= 0).sum().double().to(totals.device)])
+            totals += self._totals(loss_sum, batch)
         all_reduce_sum(totals)
         loss, norm = (totals[0] / totals[1]).item(), float(self.engine.get_global_grad_norm())
         self._count_bad_steps(loss, norm)
@@ -131,9 +155,9 @@ class Trainer:
         self.engine.eval()
         for first in range(self.processes.rank * rows, windows + self.processes.rank * rows, stride):
             # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
-            batch = stream.batch(min(first, windows - 1), rows)
+            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device)
             batch.labels[max(0, windows - first) :] = -100
-            totals += torch.stack([self._loss(batch).double(), (batch.labels >= 0).sum().double().to(totals.device)])
+            totals += self._totals(self._loss(batch), batch)
         self.engine.train()
         all_reduce_sum(totals)
         loss = (totals[0] / totals[1]).item()
@@ -149,19 +173,33 @@ class Trainer:
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
         return store.save(self.engine, self.checkpoints, self.step, state, texts, self.config.checkpoint.keep_last)
 
-    def _loss(self, batch) -> torch.Tensor:
-        device = self.processes.device
-        documents = Documents(batch.reset, batch.lengths).to(device)
-        loss_sum, _ = self.engine(
-            batch.tokens.to(device, non_blocking=True), documents, batch.labels.to(device, non_blocking=True)
-        )
+    def _loss(self, batch: DeviceBatch) -> torch.Tensor:
+        loss_sum, _ = self.engine(batch.tokens, batch.documents, batch.labels)
         return loss_sum
 
-    def _first_sample(self, micro_step: int) -> int:
+    def _totals(self, loss_sum: torch.Tensor, batch: DeviceBatch) -> torch.Tensor:
+        """(2,) float64: the loss summed over labelled tokens, and their number."""
+        return torch.stack([loss_sum.detach().double(), (batch.labels >= 0).sum().double()])
+
+    def _batch(self, first: int) -> DeviceBatch:
+        """The micro-batch that begins with sample `first`."""
+        ahead, self.ahead = self.ahead, None
+        if ahead and ahead[0] == first:
+            return ahead[1]
+        return DeviceBatch.of(self.stream.batch(first, self.config.training.micro_batch), self.processes.device)
+
+    def _fetch_ahead(self, micro_step: int) -> None:
+        """Get the batch after this one while the device is at work. Not past the budget, and not for the CPU: it is at work."""
+        step, micro_step = (self.step, micro_step + 1) if micro_step + 1 < self.accumulation else (self.step + 1, 0)
+        if self.processes.device.type == "cuda" and step < self.config.total_steps:
+            first = self._first_sample(step, micro_step)
+            self.ahead = first, self._batch(first)
+
+    def _first_sample(self, step: int, micro_step: int) -> int:
         """Number of the first sample of this rank's micro-batch: step s covers samples [s G, (s + 1) G)."""
         training = self.config.training
         rank_slice = micro_step * self.processes.world_size + self.processes.rank
-        return self.step * training.global_batch + rank_slice * training.micro_batch
+        return step * training.global_batch + rank_slice * training.micro_batch
 
     def _count_bad_steps(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
