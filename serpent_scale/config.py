@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, choic
 class RunConfig:
     name: str = setting("run", "name of the run; its files go to FOLDER/NAME")
     folder: str = setting("runs", "where runs are kept")
-    seed: int = setting(1234, "seed of the initial parameters and of the data order", ge=0)
+    seed: int = setting(1234, "seed of the initial parameters and of the data order", ge=0, lt=2**63)
 
 
 @dataclass
@@ -59,7 +60,7 @@ class SerpentConfig:
     rates: list[float] = setting([1.0, 0.5, 0.25], "elements kept per token, one branch each")
     inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=("mamba",))
     d_inner: Optional[int] = setting(None, "inner widths summed over branches; null: as many parameters as a Mamba layer", ge=1)
-    spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1)
+    spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1, le=64)
     band: float = setting(8.0, "grid steps the clock may run ahead of or behind rate * position", ge=0, le=1024)
     horizon: float = setting(1.0, "grid steps the compression window reaches back", gt=0, le=8)
     n_bases: int = setting(6, "Gaussian bases of the window and of the read-out", ge=2)
@@ -189,6 +190,8 @@ def load_config(file: str | Path, overrides: list[str] = ()) -> Config:
         text = path.read_text()
         _refuse_surprises(text, str(path))
         node = OmegaConf.create(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
     if not OmegaConf.is_dict(node):
@@ -196,7 +199,10 @@ def load_config(file: str | Path, overrides: list[str] = ()) -> Config:
     for item in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
             raise UserError(f"override '{item}' is not key=value, for example optimizer.lr=3e-4")
-        _refuse_surprises(item.split("=", 1)[1], item)
+        try:
+            _refuse_surprises(item.split("=", 1)[1], f"override '{item}'")
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{item}': not valid YAML: {_first_line(error)}") from None
     return parse_config(node, list(overrides), str(path))
 
 
@@ -211,7 +217,7 @@ def parse_config(node, overrides: list[str] = (), origin: str = "config") -> Con
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise UserError(f"{origin}: unknown key {_suggest(error.full_key or str(error.key))}") from None
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{origin}: {f'{key}: ' if key else ''}{_first_line(error)}{_allowed_at(key)}") from None
     _check_ranges(config, "")
@@ -225,17 +231,23 @@ def _first_line(error: Exception) -> str:
 
 def _refuse_surprises(text: str, origin: str) -> None:
     """YAML reads 0123 as 83; an interpolated environment variable would end up in logs and checkpoints."""
-    if "${oc." in text:
-        raise UserError(f"{origin}: ${{oc.*}} is refused, its value would reach logs and checkpoints; pass key=value instead")
-    stack = [yaml.compose(text)]
+    stack, seen = [yaml.compose(text)], set()
     while stack:
         node = stack.pop()
+        if id(node) in seen:  # an alias, which may lead to itself
+            raise UserError(f"{origin}: YAML aliases are refused; write the value out")
+        seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             stack.extend(value for pair in node.value for value in pair)
         elif isinstance(node, yaml.SequenceNode):
             stack.extend(node.value)
-        elif isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(r"[-+]?0[0-7_]+", node.value):
-            raise UserError(f"{origin}: {node.value} would be read as octal; write it without the leading zero")
+        elif isinstance(node, yaml.ScalarNode):
+            # Only ${key.path}: a resolver such as oc.env may be spelt in many ways.
+            if "${" in re.sub(r"\$\{\.*\w+(\.\w+)*\}", "", node.value):
+                raise UserError(f"{origin}: '{node.value}' is refused, only ${{section.key}} is filled in: what a resolver "
+                                "reads would reach logs and checkpoints; pass key=value instead")
+            if node.style is None and re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+                raise UserError(f"{origin}: {node.value} would be read as octal; write it without the leading zero")
 
 
 def _fields(cls, prefix: str = ""):
@@ -286,14 +298,14 @@ def _check_ranges(section, prefix: str) -> None:
             continue
         bad = (
             (meta["choices"] is not None and value not in meta["choices"])
-            or (isinstance(value, float) and value != value)
+            or (isinstance(value, float) and not math.isfinite(value))
             or (meta["ge"] is not None and not value >= meta["ge"])
             or (meta["gt"] is not None and not value > meta["gt"])
             or (meta["le"] is not None and not value <= meta["le"])
             or (meta["lt"] is not None and not value < meta["lt"])
         )
         if bad:
-            raise UserError(f"{path}={value} is not allowed; it must be {_range_text(f)}")
+            raise UserError(f"{path}={value} is not allowed; it must be {'finite and ' * isinstance(value, float)}{_range_text(f)}")
 
 
 def _check_combinations(config: Config) -> None:
@@ -311,6 +323,12 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"model.serpent.rates={rates} is not allowed; each rate must be >= 1/64 and <= 1")
     if len(rates) > model.d_model:
         raise UserError(f"model.serpent.rates has {len(rates)} branches but model.d_model is {model.d_model}")
+    if model.serpent.d_inner is not None and model.serpent.d_inner < len(rates):
+        raise UserError(f"model.serpent.d_inner={model.serpent.d_inner} is not allowed; its {len(rates)} branches "
+                        f"(model.serpent.rates) need >= {len(rates)}")
+    if int(model.mamba.expand * model.d_model) < 1:
+        raise UserError(f"model.mamba.expand={model.mamba.expand} x model.d_model={model.d_model} leaves no inner channel; "
+                        f"raise model.mamba.expand to >= {1 / model.d_model:.4g}")
     if model.mamba.dt_min > model.mamba.dt_max:
         raise UserError(f"model.mamba.dt_min={model.mamba.dt_min} is above model.mamba.dt_max={model.mamba.dt_max}")
     if training.max_steps is None and training.max_tokens is None:
