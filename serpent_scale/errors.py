@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+import time
 from importlib.metadata import version
 
 OLDEST_TORCH = (2, 10)  # older ones unpickle more than weights_only promises (CVE-2025-32434, CVE-2026-24747)
@@ -20,14 +22,22 @@ def check_torch(found: str) -> None:
 
 
 def exit_on_user_error(main):
-    """Decorate an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+    """Decorate an entry point: a `UserError` becomes one line on stderr and exit code 2.
+
+    Ranks that fail together would all say the same: rank 0 speaks first, upon which launchers end the others.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             check_torch(version("torch"))
             return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
         except UserError as error:
+            if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
+                time.sleep(3)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
