@@ -225,6 +225,26 @@ def parse_config(node, overrides: list[str] = (), origin: str = "config") -> Con
     return config
 
 
+def check_same_model(config: Config, saved: Path) -> None:
+    """Raises UserError naming the first key of `model` that the config file beside a checkpoint has otherwise.
+
+    Many of them change what is computed and no parameter's shape.
+    """
+    theirs, ours = (_leaves(yaml.safe_load(text)["model"], "model") for text in (saved.read_text(), config.to_yaml()))
+    for key in theirs:
+        if key in ours and theirs[key] != ours[key]:
+            was, now = (str(value).replace("'", "") for value in (theirs[key], ours[key]))
+            raise UserError(f"{saved}: trained with {key}={was}, this run has {now}; set {key}={was}, or start over under another run.name")
+
+
+def _leaves(section: dict, prefix: str) -> dict[str, Any]:
+    found = {}
+    for key, value in section.items():
+        path = f"{prefix}.{key}"
+        found.update(_leaves(value, path) if isinstance(value, dict) else {path: value})
+    return found
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 

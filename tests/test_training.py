@@ -142,7 +142,10 @@ def test_deterministic_is_set_before_anything_starts():
     (["run.folder=/proc/nope"], ["/proc/nope", "run.folder"]),
     (["--resume", "none", "run.folder=WHOLE"], ["--resume auto", "run.name"]),
     (["run.folder=ALONE", "model.d_model=48"], ["embedding.weight", "48"]),
+    (["run.folder=ALONE", "model.serpent.band=3.0"], ["config.yaml", "model.serpent.band=2.0"]),
     (["run.folder=WHOLE"], ["saved by 2 ranks", "--num_gpus 2"]),
+    (["run.folder=WHOLE", "--resume", "ALONE/run"], ["of another run", "run.name"]),
+    (["deepspeed.zero_optimization.overlap_com=true"], ["overlap_com", "deepspeed section"]),
 ])
 def test_bad_input_ends_in_one_line_and_writes_nothing(workplace, arguments, words):
     base = [] if "configs/nothing.yaml" in arguments else ["--config", str(config(workplace, "bad"))]

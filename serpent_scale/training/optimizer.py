@@ -32,6 +32,13 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     return torch.optim.AdamW(groups, fused=device.type == "cuda", **options)
 
 
+def apply_settings(optimizer: torch.optim.Optimizer, config: Config) -> None:
+    """Give the groups of `build_optimizer` the run's settings: a loaded state brings those it was saved with."""
+    settings = config.optimizer
+    for group, decay in zip(optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+        group.update(betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=decay)
+
+
 class GuardedAdamW(torch.optim.AdamW):
     """What DeepSpeed's ZeRO optimizers do around AdamW and its stage 0 leaves out.
 

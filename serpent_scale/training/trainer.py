@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
+import pydantic
 import torch
 
 from data_pipeline.stream import Batch, TokenStream
 from serpent_scale.checkpoint import store
-from serpent_scale.config import Config
+from serpent_scale.config import Config, check_same_model
 from serpent_scale.errors import UserError
 from serpent_scale.model.accounting import GIB, flops_per_token
 from serpent_scale.model.documents import Documents
@@ -21,7 +22,7 @@ from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_rank_zero
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.metrics import Metrics
-from serpent_scale.training.optimizer import build_optimizer, learning_rate
+from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
@@ -60,9 +61,13 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
         model = LanguageModel(config.model, config.training.activation_checkpointing).to(device)
         self.optimizer = build_optimizer(model, config, device)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=deepspeed_config(config, processes.world_size)
-        )
+        settings = deepspeed_config(config, processes.world_size)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
+        except pydantic.ValidationError as error:  # DeepSpeed's check of its sections: only `deepspeed:` can be at fault
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"deepspeed: '{key}' is refused by {error.title} ({first['msg']}); mend the deepspeed section") from None
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
@@ -79,6 +84,8 @@ class Trainer:
         if path is None:
             return
         state = store.load(self.engine, path)
+        on_rank_zero(lambda: check_same_model(self.config, path / "config.yaml"))
+        apply_settings(self.optimizer, self.config)
         self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
         samples = self.stream.check_state(state["data"])
         if samples != self.step * self.config.training.global_batch:
@@ -95,7 +102,8 @@ class Trainer:
         last = min(config.total_steps, config.training.stop_at_step or config.total_steps)
         if self.step >= last:
             if self.processes.rank == 0:
-                print(f"nothing to do: step {self.step} of {last} is reached; raise training.max_steps to go on", flush=True)
+                key = "training.stop_at_step" if last < config.total_steps else "the budget (training.max_steps, training.max_tokens)"
+                print(f"nothing to do: the run is at step {self.step} and was to end at {last}; raise {key} to go on", flush=True)
             return
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
         if self.processes.rank == 0:
@@ -236,12 +244,8 @@ def prepare_run_folder(folder: Path) -> None:
 def find_checkpoint(where: str, checkpoints: Path) -> Path | None:
     """The checkpoint that --resume WHERE means. Raises UserError rather than start over where something was saved."""
     if where not in ("auto", "none"):
-        if not Path(where).is_dir():
-            raise UserError(f"--resume {where}: no such checkpoint folder")
-        return Path(where)
-    newest, skipped = store.newest(checkpoints)
-    for path, reason in skipped:
-        print(f"skipped checkpoint {path}: {reason}", flush=True)
+        return _named_checkpoint(Path(where), checkpoints)
+    newest, skipped = _newest(checkpoints)
     if where == "none":
         if newest or skipped:
             raise UserError(f"{checkpoints}: holds checkpoints of an earlier run; use --resume auto or another run.name")
@@ -249,6 +253,30 @@ def find_checkpoint(where: str, checkpoints: Path) -> Path | None:
     if newest is None and skipped:
         raise UserError(f"{checkpoints}: no checkpoint verifies (see above); mend one, or use another run.name to start over")
     return newest
+
+
+def _named_checkpoint(path: Path, own: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such checkpoint folder")
+    if (path / "checkpoints").is_dir():  # a run's folder
+        newest, _ = _newest(path / "checkpoints")
+        if newest is None:
+            raise UserError(f"--resume {path}: this run's folder holds no checkpoint that verifies; name another")
+        path = newest
+    mine, _ = store.newest(own)
+    if mine is not None and path.resolve().parent != own.resolve():
+        raise UserError(f"--resume {path}: is of another run, and {own} already holds checkpoints, which this one would replace; "
+                        "set run.name to a new one")
+    if mine is not None and path.name < mine.name:
+        print(f"note: {mine} is newer than {path.name}; until this run passes it, --resume auto would choose it", flush=True)
+    return path
+
+
+def _newest(checkpoints: Path) -> tuple[Path | None, list]:
+    newest, skipped = store.newest(checkpoints)
+    for path, reason in skipped:
+        print(f"skipped checkpoint {path}: {reason}", flush=True)
+    return newest, skipped
 
 
 def check_vocabulary(config: Config, stream: TokenStream) -> None:
