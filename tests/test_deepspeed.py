@@ -8,7 +8,7 @@ from ranks import run_ranks
 from serpent_scale.config import ScheduleConfig
 from serpent_scale.errors import UserError
 from serpent_scale.training.deepspeed_config import DERIVED, deepspeed_config
-from serpent_scale.training.optimizer import GuardedAdamW, build_optimizer, learning_rate, parameter_groups
+from serpent_scale.training.optimizer import GuardedAdamW, apply_settings, build_optimizer, learning_rate, parameter_groups
 from toy import Toy, batch, build, parameters, toy_config, train
 
 STAGES = (0, 1, 2, 3)
@@ -129,6 +129,12 @@ def test_passthrough_merges_deeply():
         deepspeed_config(toy_config(2, zero_optimization=2), 2)
 
 
+@pytest.mark.parametrize("key, nearest", [("zero_optimisation", "zero_optimization"), ("optimiser", "optimizer")])
+def test_a_misspelt_top_level_key_is_refused(key, nearest):
+    with pytest.raises(UserError, match=f"deepspeed.{key}: .* nearest valid key is '{nearest}'"):
+        deepspeed_config(toy_config(1, **{key: {}}), 2)
+
+
 @pytest.mark.parametrize("path", sorted(DERIVED))
 def test_passthrough_conflicts(path):
     *sections, key = path.split(".")
@@ -149,6 +155,17 @@ def test_parameter_groups():
     cpu = torch.device("cpu")
     assert type(build_optimizer(model, toy_config(1), cpu)) is torch.optim.AdamW
     assert type(build_optimizer(model, toy_config(0, grad_clip=2.0), cpu)) is GuardedAdamW
+
+
+def test_a_loaded_state_does_not_bring_back_old_settings():
+    old, new = toy_config(1), toy_config(1)
+    new.optimizer.weight_decay, new.optimizer.beta1, new.optimizer.eps = 0.3, 0.5, 1e-6
+    model, cpu = Toy(), torch.device("cpu")
+    optimizer = build_optimizer(model, new, cpu)
+    optimizer.load_state_dict(build_optimizer(model, old, cpu).state_dict())
+    apply_settings(optimizer, new)
+    assert [(g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
+        (0.3, (0.5, 0.95), 1e-6), (0.0, (0.5, 0.95), 1e-6)]
 
 
 def test_learning_rate():

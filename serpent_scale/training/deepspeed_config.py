@@ -1,6 +1,7 @@
 """DeepSpeed's settings, derived from the run's configuration; `deepspeed:` in it is passed on as it is."""
 from __future__ import annotations
 
+import difflib
 from copy import deepcopy
 
 from serpent_scale.config import Config
@@ -22,10 +23,20 @@ DERIVED = {
     "scheduler": "set the keys of schedule:",
     "checkpoint": "remove it; checkpoints have one format here",
 }
+# DeepSpeed checks the keys of its sections, but passes over a top-level key that it does not know.
+KNOWN = {
+    "activation_checkpointing", "aio", "amp", "comms_logger", "communication_data_type", "compile", "csv_monitor",
+    "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state", "eigenvalue",
+    "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "monitor_config", "prescale_gradients",
+    "progressive_layer_drop", "seq_parallel_communication_data_type", "sparse_gradients", "steps_per_print", "tensorboard",
+    "tensor_parallel", "timers", "use_node_local_storage", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+} | {path.split(".")[0] for path in DERIVED}  # fmt: skip
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
-    """The dictionary for `deepspeed.initialize`. Raises UserError for a derived key and a batch that does not divide."""
+    """The dictionary for `deepspeed.initialize`. Raises UserError for a derived or
+    misspelt key and a batch that does not divide."""
     training = config.training
     settings = {
         "train_batch_size": training.global_batch,
@@ -43,6 +54,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         # By default the gradients of nn.Linear would be reduced, and at stage 3 its weights gathered, in bf16; with no
         # module on the list both stay fp32, and the sum over ranks does not round.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    for key in config.deepspeed.keys() - KNOWN:  # newer versions have others, so only a near miss is refused
+        for near in difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8):
+            raise UserError(f"deepspeed.{key}: DeepSpeed has no such key and would ignore it; the nearest valid key is '{near}'")
     return merge(settings, config.deepspeed)
 
 
