@@ -6,19 +6,24 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from serpent_scale.config import load_config
 from serpent_scale.errors import exit_on_user_error
 from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
 from serpent_scale.parallel import processes
+from serpent_scale.training.deepspeed_config import deepspeed_config
+from serpent_scale.training.streams import open_streams
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file; configs/ holds the ones shipped")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
-                        help="auto: the newest checkpoint of this run that verifies (default); none: a fresh run")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs, memory and steps, and exit")
+                        help="auto: the newest checkpoint of this run that verifies (default); none: a fresh run; "
+                             "PATH: a checkpoint, or a run's folder for its newest")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, FLOPs, memory and steps, and exit; "
+                                                               "plans for the ranks it is started on")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.micro_batch=4")
     return parser.parse_intermixed_args()
@@ -29,7 +34,8 @@ def main() -> None:
     args = arguments()
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
+        if os.environ.get("RANK", "0") == "0":
+            print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         return
     ranks = processes.start(config.training.deterministic)
     from serpent_scale.training.trainer import Trainer, prepare_run_folder  # after start(), which picks DeepSpeed's device
@@ -47,6 +53,8 @@ def main() -> None:
 
 def print_plan(config, world_size: int) -> None:
     """What the run will be, without starting it."""
+    deepspeed_config(config, world_size)  # refuses what it would refuse at the start
+    streams = open_streams(config) if Path(config.data.path).exists() else None
     print(config.to_yaml())
     counts, flops = parameter_counts(config.model), flops_per_token(config.model)
     for part, n in counts.items():
@@ -63,6 +71,13 @@ def print_plan(config, world_size: int) -> None:
     tokens = config.total_steps * config.training.global_batch * config.data.seq_len
     print(f"{'steps':<24}{config.total_steps:>16,} of {config.training.global_batch} x {config.data.seq_len} tokens: "
           f"{tokens:,} tokens, {config.grad_accumulation(world_size)} passes a step")
+    if streams is None:
+        print(f"{'data':<24}{config.data.path} is not there yet; prepare it with launch/prepare_data.py")
+    else:
+        for stream in streams:
+            index = stream.index
+            epochs = f", {tokens / index.tokens:.2f} epochs" if stream is streams[0] else ""
+            print(f"{f'data, {index.split}':<24}{index.tokens:>16,} tokens of {index.n_documents:,} documents{epochs}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import deepspeed
 import pydantic
 import torch
 
-from data_pipeline.stream import Batch, TokenStream
+from data_pipeline.stream import Batch
 from serpent_scale.checkpoint import store
 from serpent_scale.config import Config, check_same_model
 from serpent_scale.errors import UserError
@@ -23,6 +23,7 @@ from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcas
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
+from serpent_scale.training.streams import open_streams
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
@@ -52,11 +53,9 @@ class Trainer:
     def __init__(self, config: Config, processes: Processes):
         self.config, self.processes = config, processes
         self.accumulation = config.grad_accumulation(processes.world_size)
-        data, device = config.data, processes.device
-        self.stream = TokenStream(Path(data.path), "train", data.seq_len, config.run.seed, data.shuffle_block)
-        self.validation = TokenStream.ordered(Path(data.path), config.evaluation.split, data.seq_len)
-        check_vocabulary(config, self.stream)
-        self.tokenizer = (Path(data.path) / "tokenizer.json").read_text()
+        device = processes.device
+        self.stream, self.validation = open_streams(config)
+        self.tokenizer = self.stream.index.tokenizer_path.read_text()
 
         torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
         model = LanguageModel(config.model, config.training.activation_checkpointing).to(device)
@@ -277,15 +276,6 @@ def _newest(checkpoints: Path) -> tuple[Path | None, list]:
     for path, reason in skipped:
         print(f"skipped checkpoint {path}: {reason}", flush=True)
     return newest, skipped
-
-
-def check_vocabulary(config: Config, stream: TokenStream) -> None:
-    size = stream.index.vocab_size
-    if size != config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} but the tokenizer of {config.data.path} has {size} tokens; "
-            f"set model.vocab_size={size} or prepare the data with another tokenizer"
-        )
 
 
 def peak_flops(config: Config, device: torch.device) -> float:
