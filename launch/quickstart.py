@@ -1,11 +1,13 @@
 """The main job in small, end to end, on the documentation that ships with Python: `make quickstart`.
 
 Prepares data, trains half way through the real DeepSpeed launcher on two CPU ranks, resumes from the sharded checkpoint,
-evaluates, samples and plots. Run again, it picks up what is there.
+evaluates, samples and plots. Run again, or after an interruption, it picks up what is there.
 """
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from data_pipeline.stream import token_counts
 from serpent_scale.config import load_config
 from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation.perplexity import unigram_perplexity
+from serpent_scale.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quickstart.yaml"
@@ -34,42 +37,43 @@ def run(title: str, *command: str, capture: bool = False) -> str:
 
 
 def pretrain(title: str, *arguments: str) -> None:
-    run(title, "deepspeed", "--log_level", "warning", "--num_gpus", str(RANKS), "launch/pretrain.py", "--config", CONFIG, *arguments)
-
-
-def evaluate(title: str, checkpoint: Path) -> dict:
-    return json.loads(run(title, sys.executable, "launch/evaluate.py", "--checkpoint", str(checkpoint), "--json", capture=True))
+    run(title, "deepspeed", "--log_level", "error", "--num_gpus", str(RANKS), "launch/pretrain.py", "--config", CONFIG, *arguments)
 
 
 @exit_on_user_error
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.time()
     config = load_config(ROOT / CONFIG)
     data, folder, half = Path(config.data.path), config.run_folder, config.total_steps // 2
+    checkpoint, metrics = folder / "checkpoints" / f"step-{config.total_steps:08d}", folder / "metrics.jsonl"
     run("prepare data: Python's own documentation", sys.executable, "launch/prepare_data.py", "--source", "stdlib",
         "--out", str(data), "--tokenizer", f"train:{config.model.vocab_size}")
-    pretrain("train the first half", f"training.stop_at_step={half}")
-    before = evaluate("evaluate at half time", folder / "checkpoints" / f"step-{half:08d}")
-    pretrain("resume from the checkpoint and train the second half")
-    after = evaluate("evaluate at the end", folder)
+    if not (ROOT / checkpoint).is_dir():
+        pretrain("train the first half", f"training.stop_at_step={half}")
+        pretrain("resume from the checkpoint and train the second half")
+    # The checkpoint of half time is pruned later, so that its perplexity is the one noted in training.
+    noted = {line["step"]: line["loss"] for line in read_metrics(ROOT / metrics) if line["kind"] == "evaluation"}
+    after = json.loads(run("evaluate", sys.executable, "launch/evaluate.py", "--checkpoint", str(folder), "--json", capture=True))
     sample = run("sample", sys.executable, "launch/generate.py", "--checkpoint", str(folder), "--prompt", "Return a list of",
                  "--max-new-tokens", "80", capture=True)
-    run("plot", sys.executable, "launch/plot.py", str(folder))
     unigram = unigram_perplexity(token_counts(ROOT / data, "train"), token_counts(ROOT / data, config.evaluation.split))
+    run("plot", sys.executable, "launch/plot.py", str(folder), "--baseline", f"unigram={math.log(unigram):.4f}")
     print(f"""
 === sample
 {sample.strip()}
 
 === validation perplexity, {after['tokens']:,} tokens
 unigram model of the training text   {unigram:10.1f}
-after {half} steps{'':20}{before['token_perplexity']:10.1f}
-after {config.total_steps} steps, resumed{'':11}{after['token_perplexity']:10.1f}   ({after['bits_per_byte']:.3f} bits per byte)
+before training{'':22}{math.exp(noted[0]):10.1f}
+after {half} steps{'':22}{math.exp(noted[half]):10.1f}
+after {config.total_steps} steps, resumed{'':13}{after['token_perplexity']:10.1f}   ({after['bits_per_byte']:.3f} bits per byte)
 
 === where everything is
 data          {ROOT / data}
 run           {ROOT / folder}
 checkpoints   {ROOT / folder / 'checkpoints'}
-metrics       {ROOT / folder / 'metrics.jsonl'}
+metrics       {ROOT / metrics}
 loss curve    {ROOT / folder / 'loss.png'}
 took          {time.time() - started:.0f} s""")
     if after["token_perplexity"] > unigram / 2:
