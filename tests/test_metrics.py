@@ -1,5 +1,13 @@
 """Metrics: one clean history across kills and resumes, whatever the sinks do."""
+import contextlib
+import fcntl
 import json
+import os
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +51,25 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "5/10", "10/10"]
     assert all(word in lines[1] for word in ("loss 5.0000", "lr 1.00e-03", "1,000 tok/s", "ETA"))
+
+
+@pytest.mark.parametrize("columns", [0, 60, 100])
+def test_a_bar_where_the_terminal_has_columns_and_lines_where_it_has_none(tmp_path, columns):
+    """Some terminals (script, docker run -t) say 0 columns, in which tqdm draws nothing."""
+    code = (f"from test_metrics import *; import pathlib; record(pathlib.Path({str(tmp_path)!r}), 0, range(1, 11), every=5).close()")
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], env=env, stdout=slave, stderr=slave, check=True, timeout=60)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(master, 65536):
+            shown += part
+    os.close(master)
+    last = shown.decode().replace("\n", "\r").rstrip("\r").split("\r")[-1]
+    assert "10/10" in last and "loss 10.0" in last and "1,000 tok/s" in last and len(last) <= (columns or 200)
+    assert ("100%" in last) == (columns > 0)
 
 
 def test_wandb_works_offline_and_keeps_its_run_id_over_a_resume(tmp_path, monkeypatch):

@@ -24,11 +24,13 @@ NAME = "metrics.jsonl"
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics file; one that a killed run left unfinished is skipped."""
     lines = []
-    for line in Path(path).read_text().splitlines():
+    for text in Path(path).read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and {"kind", "step"} <= line.keys():
+            lines.append(line)
     return lines
 
 
@@ -42,8 +44,12 @@ class Metrics:
         _supersede(path, start_step)
         self._file = open(path, "a")
         self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+        if _terminal_width() > 0:
+            # tok/s is among the values: the bar leaves out its own rate, and what an 80-column terminal cuts is the memory.
+            self._bar = tqdm(
+                total=total_steps, initial=start_step, dynamic_ncols=True,
+                bar_format="{percentage:3.0f}% {bar:8} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+            )
         self._started, self._start_step = time.monotonic(), start_step
         self._wandb = _Wandb(run_folder, logging, config_yaml, wandb_id) if logging.wandb else None
         if self._wandb:
@@ -84,6 +90,14 @@ class Metrics:
             print(line, flush=True)
 
 
+def _terminal_width() -> int:
+    """Columns of the terminal on stderr; 0 if there is none, or one that says it has none, where a bar would be invisible."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 0
+    except (OSError, ValueError):
+        return 0
+
+
 def _supersede(path: Path, start_step: int) -> None:
     """Leave only whole lines of steps up to start_step in the file."""
     if not path.exists():
@@ -105,8 +119,8 @@ def _supersede(path: Path, start_step: int) -> None:
 
 
 def _short(values: dict) -> str:
-    parts = [f"loss {values['loss']:.4f}", f"norm {values['grad_norm']:.3f}", f"lr {values['lr']:.2e}",
-             f"{values['tokens_per_second']:,.0f} tok/s"]
+    parts = [f"loss {values['loss']:.4f}", f"{values['tokens_per_second']:,.0f} tok/s", f"norm {values['grad_norm']:.3f}",
+             f"lr {values['lr']:.2e}"]
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
     if values.get("memory_gib") is not None:
