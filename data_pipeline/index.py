@@ -110,7 +110,9 @@ def load_index(folder: Path) -> Index:
     folder = Path(folder)
     path = folder / "index.json"
     if not path.is_file():
-        raise UserError(f"{path}: no such index; prepare the split with launch/prepare_data.py, or set data.path")
+        others = ", ".join(sorted(other.parent.name for other in folder.parent.glob("*/index.json")))
+        mend = f"{folder.parent} has {others}; choose one of these, or prepare" if others else "set data.path, or prepare"
+        raise UserError(f"{path}: no such index; {mend} the split with launch/prepare_data.py")
     raw = path.read_bytes()
     try:
         fields = json.loads(raw)

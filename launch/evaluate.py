@@ -23,13 +23,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder for its newest")
     parser.add_argument("--data", help="folder written by prepare_data.py (default: the one trained on)")
-    parser.add_argument("--split", default="validation")
+    parser.add_argument("--split", default="validation", help="a split of that folder (default: validation)")
     parser.add_argument("--mode", choices=MODES, default="windows",
                         help="windows: non-overlapping; sliding: with --stride; carry: states carried through documents")
     parser.add_argument("--seq-len", type=int, help="tokens per pass (default: as trained)")
     parser.add_argument("--stride", type=int, help="sliding: tokens scored per window (default: seq-len / 2)")
     parser.add_argument("--rows", type=int, default=8, help="sequences side by side")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (default: fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args()
@@ -38,14 +38,18 @@ def arguments() -> argparse.Namespace:
 @exit_on_user_error
 def main() -> None:
     args = arguments()
+    if args.stride is not None and args.mode != "sliding":
+        raise UserError(f"--stride is only for --mode sliding, this is {args.mode}; remove it")
     loaded = load_checkpoint(args.checkpoint, pick_device(args.device))
     data = Path(args.data or loaded.config.data.path)
     index = load_index(data / args.split)
     if index.tokenizer_sha256 != tokenizer_hash(loaded.path / "tokenizer.json"):
         raise UserError(f"{data}: its tokenizer is not the one of {loaded.path}; prepare the data with the checkpoint's "
                         f"tokenizer.json")
-    seq_len = args.seq_len or loaded.config.data.seq_len
-    stride = (args.stride or max(1, seq_len // 2)) if args.mode == "sliding" else None
+    seq_len = loaded.config.data.seq_len if args.seq_len is None else args.seq_len
+    stride = args.stride
+    if args.mode == "sliding" and stride is None:
+        stride = max(1, seq_len // 2)
     if seq_len < 2 or args.rows < 1 or (stride is not None and not 1 <= stride <= seq_len):
         raise UserError(f"--seq-len {seq_len} --stride {stride} --rows {args.rows}: need seq-len >= 2, 1 <= stride <= seq-len "
                         f"and rows >= 1")

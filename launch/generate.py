@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 
@@ -14,11 +15,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder for its newest")
     parser.add_argument("--prompt", default="", help="text to continue (default: begin a document)")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many, if no document ends before")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens (default: from all)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest whose probability reaches P; 1: from all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed gives the same text")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     return parser.parse_args()
 
@@ -26,8 +27,10 @@ def arguments() -> argparse.Namespace:
 @exit_on_user_error
 def main() -> None:
     args = arguments()
-    if args.temperature < 0 or (args.top_k is not None and args.top_k < 1) or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or (args.top_k is not None and args.top_k < 1) or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be >= 0, --top-k >= 1 and 0 < --top-p <= 1")
+    if args.max_new_tokens < 1 or not 0 <= args.seed < 2**63:
+        raise UserError("--max-new-tokens must be >= 1 and --seed >= 0 and below 2^63")
     device = pick_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device)
     prompt = [loaded.end_of_text] + loaded.tokenizer.encode(args.prompt).ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from serpent_scale.errors import exit_on_user_error
+from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation.plots import loss_curve
 
 
@@ -16,7 +16,10 @@ def main() -> None:
     parser.add_argument("--baseline", action="append", default=[], metavar="NAME=LOSS", help="horizontal line, in nats")
     args = parser.parse_args()
     out = args.out or args.run / "loss.png"
-    baselines = {name: float(loss) for name, _, loss in (item.partition("=") for item in args.baseline)}
+    try:
+        baselines = {name: float(loss) for name, _, loss in (item.rpartition("=") for item in args.baseline)}
+    except ValueError:
+        raise UserError(f"--baseline {' '.join(args.baseline)}: must be NAME=LOSS, for example unigram=6.5") from None
     loss_curve(args.run / "metrics.jsonl", out, baselines)
     print(f"wrote {out}")
 

@@ -1,7 +1,9 @@
 """The main job through the real launcher: falling loss, kill and resume to the bit, refusals."""
+import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,12 +122,32 @@ def test_evaluate_and_generate_read_the_sharded_checkpoint_in_one_process(workpl
     assert done.returncode == 0 and done.stdout.startswith("the"), done.stderr
 
 
+def test_evaluate_refuses_data_of_another_tokenizer_and_names_the_splits_there_are(workplace):
+    run, other = str(workplace / "whole" / "run"), workplace / "other"
+    shutil.copytree(workplace / "data", other)
+    mine = (other / "tokenizer.json").read_bytes()
+    (other / "tokenizer.json").write_bytes(mine + b"\n")
+    hashes = [hashlib.sha256(data).hexdigest() for data in (mine, mine + b"\n")]
+    for split in ("train", "validation"):
+        index = other / split / "index.json"
+        index.write_text(index.read_text().replace(*hashes))
+    for arguments, words in ((["--data", str(other)], [str(other), "tokenizer is not the one of"]),
+                             (["--split", "tset"], ["tset/index.json", "train, validation"]),
+                             (["--mode", "carry", "--stride", "8"], ["--stride is only for --mode sliding"])):
+        done = launch("evaluate.py", "--checkpoint", run, *arguments, "--json")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+
+
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(workplace):
     done = launch("pretrain.py", "--config", str(config(workplace, "dry")), "--dry-run")
     assert done.returncode == 0, done.stderr
-    for word in ("parameters", "FLOPs per token", "Adam moments", "GiB per rank", "steps"):
+    for word in ("parameters", "FLOPs per token", "Adam moments", "GiB per rank", "steps", "data, train", "epochs"):
         assert word in done.stdout
     assert not (workplace / "dry").exists()
+    for override, word in (("deepspeed.bf16.enabled=true", "training.precision"), ("model.vocab_size=512", "has 300 tokens")):
+        refused = launch("pretrain.py", "--config", str(config(workplace, "dry")), "--dry-run", override)
+        assert refused.returncode == 2 and word in refused.stderr and not refused.stdout
 
 
 def test_deterministic_is_set_before_anything_starts():

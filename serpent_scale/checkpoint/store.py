@@ -269,6 +269,8 @@ def _replaced(target, **methods):
 
 def _load_tensors(file: Path, mmap: bool = False) -> dict:
     """torch.load on the CPU that executes nothing of the file. Raises UserError."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

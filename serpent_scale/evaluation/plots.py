@@ -48,8 +48,12 @@ def loss_curve(metrics: Path, png: Path, baselines: dict[str, float] | None = No
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(png, dpi=130)
-    plt.close(figure)
+    try:
+        figure.savefig(png, dpi=130, format="png")
+    except OSError as error:
+        raise UserError(f"{png}: cannot be written ({error.strerror}); name another with --out") from None
+    finally:
+        plt.close(figure)
 
 
 def _smooth(values: np.ndarray, weight: float = 0.95) -> np.ndarray:
