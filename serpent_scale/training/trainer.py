@@ -113,8 +113,8 @@ class Trainer:
             self._log(self.train_step())
             if config.evaluation.every and self.step % config.evaluation.every == 0 and self.step < last:
                 self.evaluate()
-            if self.step % config.checkpoint.every == 0 and self.step < last:
-                self.save()
+            if self.step % config.checkpoint.every == 0 and self.step < last and not self.bad_steps:
+                self.save()  # not while the loss is not finite: such checkpoints would push out the good ones
         self.evaluate()
         self.save()
         if self.metrics:
