@@ -1,4 +1,5 @@
 """Configuration: what is accepted, and that every refusal names the key and the mend."""
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,8 @@ def test_shipped_configs_load_and_document_every_key(file):
         for name, value in node.items():
             yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"]
 
+    lines = [line for line in file.read_text().splitlines() if re.match(r" *\w+: *[^ #]", line)]
+    assert not [line for line in lines if "#" not in line], "a key without a word on it"
     written, resolved = yaml.safe_load(file.read_text()), yaml.safe_load(load_config(file).to_yaml())
     assert set(keys(written)) == set(keys(resolved))
 
