@@ -22,7 +22,7 @@ def project(tmp_path):
 
 def submit(project, *arguments):
     env = {"PATH": f"{project}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[3-4]",
-           "SLURM_SUBMIT_DIR": str(project)}
+           "SLURM_SUBMIT_DIR": str(project), "SLURM_CPUS_PER_TASK": "8"}
     return subprocess.run(["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True)
 
 
@@ -30,8 +30,8 @@ def test_starts_one_task_per_device_with_everything_quoted(project):
     done = submit(project, "my run.yaml", "run.name=a b", "model.pattern=[mamba, serpent]")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "n3:23456", "--kill-on-bad-exit=1", "python3", "launch/pretrain.py", "--config", "my run.yaml", "--resume", "auto",
-        "run.name=a b", "model.pattern=[mamba, serpent]"]
+        "n3:23456", "--kill-on-bad-exit=1", "--cpus-per-task=8", "python3", "launch/pretrain.py", "--config", "my run.yaml",
+        "--resume", "auto", "run.name=a b", "model.pattern=[mamba, serpent]"]
 
 
 def test_says_what_is_missing(project):
