@@ -8,6 +8,8 @@ install: $(VENV)/.installed
 
 # torch first, at its pin, so that nothing after it brings another; DeepSpeed builds against the torch that is there.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is older than 3.11; make PYTHON=python3.11")'
+	@echo "making $(VENV) with the pins of constraints.txt; a few minutes, most of them for torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --disable-pip-version-check -q \
