@@ -18,7 +18,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many, if no document ends before")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens (default: from all)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest whose probability reaches P; 1: from all")
+    parser.add_argument("--top-p", type=float, default=0.95,
+                        help="draw from the likeliest tokens whose probability reaches P (default: 0.95; 1: from all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws: the same seed gives the same text")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
     return parser.parse_args()

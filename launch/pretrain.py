@@ -22,8 +22,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
                         help="auto: the newest checkpoint of this run that verifies (default); none: a fresh run; "
                              "PATH: a checkpoint, or a run's folder for its newest")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print parameters, FLOPs, memory and steps, and exit; "
-                                                               "plans for the ranks it is started on")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="check everything, print parameters, FLOPs, memory and steps for the ranks it is started on, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.micro_batch=4")
     return parser.parse_intermixed_args()

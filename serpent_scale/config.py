@@ -234,7 +234,9 @@ def check_same_model(config: Config, saved: Path) -> None:
     for key in theirs:
         if key in ours and theirs[key] != ours[key]:
             was, now = (str(value).replace("'", "") for value in (theirs[key], ours[key]))
-            raise UserError(f"{saved}: trained with {key}={was}, this run has {now}; set {key}={was}, or start over under another run.name")
+            raise UserError(
+                f"{saved}: trained with {key}={was}, this run has {now}; set {key}={was}, or start over under another run.name"
+            )
 
 
 def _leaves(section: dict, prefix: str) -> dict[str, Any]:
@@ -325,7 +327,8 @@ def _check_ranges(section, prefix: str) -> None:
             or (meta["lt"] is not None and not value < meta["lt"])
         )
         if bad:
-            raise UserError(f"{path}={value} is not allowed; it must be {'finite and ' * isinstance(value, float)}{_range_text(f)}")
+            finite = "finite and " if isinstance(value, float) and not math.isfinite(value) else ""
+            raise UserError(f"{path}={value} is not allowed; it must be {finite}{_range_text(f)}")
 
 
 def _check_combinations(config: Config) -> None:

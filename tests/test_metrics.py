@@ -56,7 +56,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 @pytest.mark.parametrize("columns", [0, 60, 100])
 def test_a_bar_where_the_terminal_has_columns_and_lines_where_it_has_none(tmp_path, columns):
     """Some terminals (script, docker run -t) say 0 columns, in which tqdm draws nothing."""
-    code = (f"from test_metrics import *; import pathlib; record(pathlib.Path({str(tmp_path)!r}), 0, range(1, 11), every=5).close()")
+    code = f"from test_metrics import *; record(Path({str(tmp_path)!r}), 0, range(1, 11), every=5).close()"
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

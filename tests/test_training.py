@@ -157,7 +157,8 @@ def test_deterministic_is_set_before_anything_starts():
     assert done.stdout.split()[-2:] == ["True", ":4096:8"], done.stderr
 
 def test_a_loss_that_stays_not_finite_stops_the_run_and_leaves_no_checkpoint_of_it(workplace):
-    overrides = ["optimizer.lr=1e30", "training.grad_clip=0", "checkpoint.every=3", "evaluation.every=0", "training.max_bad_steps=3"]
+    overrides = ["optimizer.lr=1e30", "training.grad_clip=0", "checkpoint.every=3", "evaluation.every=0",
+                 "training.max_bad_steps=3"]
     done = launch("pretrain.py", "--config", str(config(workplace, "diverged")), *overrides)
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "not finite 3 steps in a row (samples 24 to 31)" in error, done.stderr

@@ -66,7 +66,8 @@ class Trainer:
         except pydantic.ValidationError as error:  # DeepSpeed's check of its sections: only `deepspeed:` can be at fault
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise UserError(f"deepspeed: '{key}' is refused by {error.title} ({first['msg']}); mend the deepspeed section") from None
+            reason = f"'{key}' is refused by {error.title} ({first['msg']})"
+            raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
@@ -101,8 +102,8 @@ class Trainer:
         last = min(config.total_steps, config.training.stop_at_step or config.total_steps)
         if self.step >= last:
             if self.processes.rank == 0:
-                key = "training.stop_at_step" if last < config.total_steps else "the budget (training.max_steps, training.max_tokens)"
-                print(f"nothing to do: the run is at step {self.step} and was to end at {last}; raise {key} to go on", flush=True)
+                keys = "training.stop_at_step" if last < config.total_steps else "training.max_steps or training.max_tokens"
+                print(f"nothing to do: the run is at step {self.step} and was to end at {last}; raise {keys} to go on", flush=True)
             return
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
         if self.processes.rank == 0:
