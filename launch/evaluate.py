@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="sequences side by side")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast (default: fp32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print one JSON object to standard output")
     return parser.parse_args()
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         raise UserError(f"--seq-len {seq_len} --stride {stride} --rows {args.rows}: need seq-len >= 2, 1 <= stride <= seq-len "
                         f"and rows >= 1")
     text, started = TokenText.join(documents(data, args.split)), time.perf_counter()
-    with tqdm(total=len(text.tokens) - len(text.starts), unit=" tokens", disable=args.json or None) as bar:
+    with tqdm(total=len(text.tokens) - len(text.starts), unit=" tokens", disable=None) as bar:
         result = score(loaded.model, text, args.mode, seq_len, stride, args.rows, args.precision == "bf16", bar.update)
     report = {
         "checkpoint": str(loaded.path), "data": str(data), "split": args.split, "mode": args.mode, "seq_len": seq_len,
