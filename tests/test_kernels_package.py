@@ -53,3 +53,11 @@ def test_another_package_named_kernels_does_not_shadow_ours(tmp_path):
 def test_asking_our_folder_for_their_names_says_which_package_was_found():
     done = python("from kernels import get_kernel")
     assert done.returncode != 0 and "serpent-scale's kernels/ folder" in done.stderr.splitlines()[-1]
+
+
+def test_a_copy_of_the_project_without_symbolic_links_says_how_to_mend_it(tmp_path):
+    (tmp_path / "serpent_scale").mkdir()
+    (tmp_path / "serpent_scale" / "__init__.py").write_text((ROOT / "serpent_scale" / "__init__.py").read_text())
+    (tmp_path / "serpent_scale" / "kernels").write_text("../kernels")
+    done = python("import serpent_scale.kernels", cwd=tmp_path)
+    assert done.returncode != 0 and "ln -sfn ../kernels serpent_scale/kernels" in done.stderr.splitlines()[-1]
