@@ -14,14 +14,20 @@ _LIMIT = 4096  # calls remembered; data-dependent shapes would otherwise pile up
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """`kernel[grid](*arguments, **constants)`. arguments: tensors, ints, floats or None, all parameters that are not constexpr;
     constants: the constexpr parameters, which come last in the kernel's signature, and options such as num_warps."""
-    key = (
-        kernel, torch.cuda.current_device() if torch.cuda.is_initialized() else None, *constants.values(),
-        *[(a.dtype, a.data_ptr() & 15) if isinstance(a, torch.Tensor) else a for a in arguments],
-    )
+    key, values = [kernel, torch.cuda.current_device() if torch.cuda.is_initialized() else None, *constants.values()], []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            pointer = argument.data_ptr()  # a number: a tensor would make the launcher ask the driver about its address
+            key += argument.dtype, pointer & 15
+            values.append(pointer)
+        else:
+            key.append(argument)
+            values.append(argument)
+    key = tuple(key)
     found = _compiled.get(key)
     if found is not None:
         compiled, last = found
-        compiled[(*grid, 1, 1)](*arguments, *last)
+        compiled[(*grid, 1, 1)](*values, *last)
         return
     compiled = kernel[grid](*arguments, **constants)
     if hasattr(compiled, "packed_metadata"):  # not in the interpreter

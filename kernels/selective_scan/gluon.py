@@ -355,20 +355,23 @@ def scan_gradient_state(
     gl.store(SPAN + (b * S + s) * D + d, span, mask=d_ok)
 
 
-def states_layout(N: int):
+@gluon.constexpr_function
+def _states_layout(N):
     """Where shared memory has state n of channel d of a token, (BD, N), in `scan_backward`: the channels of a lane lie apart and
     those of neighbouring lanes together, so that 8 lanes read 128 bytes in a row."""
     return gl.SharedLinearLayout([[0, b] for b in _bits(N)] + [[2 * b, 0] for b in _bits(8)] + [[1, 0]])
 
 
-def parts_layout(N: int, tokens: int):
-    """Where it has lane g's part of the gradients of B (q = 0) and C (q = 1), (tokens, g, q, n): q is flipped for every other g, so
+@gluon.constexpr_function
+def _parts_layout(N):
+    """Where it has lane g's part of the gradients of B (q = 0) and C (q = 1), (4 tokens, g, q, n): q is flipped for every other g, so
     that 8 lanes write 128 bytes without two meeting in a bank."""
     token = [[0, 0, 0, b] for b in _bits(N)] + [[0, 0, 1, 0], [0, 1, 1, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
-    return gl.SharedLinearLayout(token + [[b, 0, 0, 0] for b in _bits(tokens)])
+    return gl.SharedLinearLayout(token + [[1, 0, 0, 0], [2, 0, 0, 0]])
 
 
-def _bits(count: int) -> list[int]:
+@gluon.constexpr_function
+def _bits(count):
     return [1 << i for i in range(count.bit_length() - 1)]
 
 
@@ -378,8 +381,7 @@ def scan_backward(
     DX, DDT, DZ, DBC, DA, DVEC, DH0,
     L, D, S, SEGMENT, n_batch, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t, sdx_b, sdx_t, sdd_b, sdd_t,
     sdz_b, sdz_t,
-    N: gl.constexpr, T: gl.constexpr, STATES_LAYOUT: gl.constexpr, PARTS_LAYOUT: gl.constexpr, HAS_FINAL: gl.constexpr,
-    HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+    N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
     """One segment of BD = 16 channels, laid out as in `scan_forward`, from its end to its beginning, a tile of T tokens at a time.
 
@@ -412,8 +414,8 @@ def scan_backward(
     bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
     skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
 
-    states_s = gl.allocate_shared_memory(gl.float32, [T // 4, BD, N], STATES_LAYOUT)
-    parts_s = gl.allocate_shared_memory(gl.float32, [4, 8, 2, N], PARTS_LAYOUT)
+    states_s = gl.allocate_shared_memory(gl.float32, [T // 4, BD, N], _states_layout(N))
+    parts_s = gl.allocate_shared_memory(gl.float32, [4, 8, 2, N], _parts_layout(N))
     decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)  # after a token is done with, its sum through the decay
     input_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)  # and that through the input
     dy_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)

@@ -152,7 +152,7 @@ def _segments(batch: int, length: int, programs: int, device: torch.device) -> t
     """(segments, tokens of one): as many as give every scheduler of the device two warps, no more, since a second
     segment means a second pass over most of the sequence."""
     wanted = 8 * _multiprocessors(device) / (batch * programs)
-    segments = 1 if wanted < 1.7 else min(round(wanted), max(1, length // (4 * KEEP)))
+    segments = min(max(1, int(wanted)), max(1, length // (4 * KEEP)))
     size = -(-length // segments)
     size = -(-size // KEEP) * KEEP  # kept states lie at multiples of KEEP
     return -(-length // size), size
@@ -180,7 +180,6 @@ class GluonKernels:
         from . import gluon
 
         self.module, self.d_state = gluon, d_state
-        self.layouts = dict(STATES_LAYOUT=gluon.states_layout(d_state), PARTS_LAYOUT=gluon.parts_layout(d_state, 4))
 
     def forward(self, grid, local_pass: bool, arguments) -> None:
         x, h0, reset, live, d_inner = arguments[0], arguments[8], arguments[11], arguments[12], arguments[17]
@@ -202,7 +201,7 @@ class GluonKernels:
         reset, live, final, d_inner = arguments[10], arguments[11], arguments[13], arguments[24]
         launch(
             self.module.scan_backward, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, **self.layouts, HAS_FINAL=final is not None,
+            *arguments, N=self.d_state, T=KEEP, HAS_FINAL=final is not None,
             HAS_RESET=reset is not None, HAS_LIVE=live is not None,
             FULL=d_inner % self.channels == 0, num_warps=1,
         )
@@ -434,7 +433,7 @@ def _scan_backward(
         tl.store(DH0 + b * D * N + off, carry, mask=ok2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _scan_add_parts(
     PARTS, GB, GC, n_parts, n_rows, L, sb_b, sb_t, sc_b, sc_t, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr
 ):
