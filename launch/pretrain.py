@@ -81,4 +81,4 @@ def print_plan(config, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    processes.run_and_leave(main)
