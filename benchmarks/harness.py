@@ -40,6 +40,8 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         ordered = sorted(values)
+        if not ordered:
+            return cls(math.nan, math.nan, math.nan)
         at = (ordered[round(q * (len(ordered) - 1))] for q in (0.5, 0.1, 0.9))
         return cls(*at)
 
