@@ -19,6 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from serpent_scale.errors import UserError
 
+MIXERS = ("mamba",)  # each has a section of `ModelConfig` and a class in serpent_scale/model/mixers.py
+
 
 def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, choices=None):
     """A documented field of a config section, with the range or the choices its value must keep to."""
@@ -58,8 +60,8 @@ class SerpentConfig:
     """SeRpEnt (Rando et al., arXiv 2501.11729): selective resampling around a mixer."""
 
     rates: list[float] = setting([1.0, 0.5, 0.25], "elements kept per token, one branch each")
-    inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=("mamba",))
-    d_inner: Optional[int] = setting(None, "inner widths summed over branches; null: as many parameters as a Mamba layer", ge=1)
+    inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=MIXERS)
+    d_inner: Optional[int] = setting(None, "inner widths summed over branches; null: parameters as a layer of `inner`", ge=1)
     spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1, le=64)
     band: float = setting(8.0, "grid steps the clock may run ahead of or behind rate * position", ge=0, le=1024)
     horizon: float = setting(1.0, "grid steps the compression window reaches back", gt=0, le=8)
@@ -73,7 +75,9 @@ class ModelConfig:
     vocab_size: int = setting(50257, "the tokenizer's vocabulary; the embedding is padded to a multiple of 64", ge=2)
     d_model: int = setting(768, "width of the residual stream", ge=1)
     n_layers: int = setting(24, "number of mixer layers", ge=1)
-    pattern: list[str] = setting(["mamba", "serpent"], "mixer of each layer, repeated to the depth: mamba, serpent")
+    pattern: list[str] = setting(
+        ["mamba", "serpent"], f"mixer of each layer, repeated to the depth: {', '.join(MIXERS)}, serpent"
+    )
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm", gt=0)
     mamba: MambaConfig = field(default_factory=MambaConfig)
     serpent: SerpentConfig = field(default_factory=SerpentConfig)
@@ -333,7 +337,7 @@ def _check_ranges(section, prefix: str) -> None:
 
 def _check_combinations(config: Config) -> None:
     model, training, schedule = config.model, config.training, config.schedule
-    mixers = ("mamba", "serpent")
+    mixers = (*MIXERS, "serpent")
     if not model.pattern:
         raise UserError("model.pattern is empty; name at least one mixer of " + ", ".join(mixers))
     for name in model.pattern:
@@ -349,11 +353,13 @@ def _check_combinations(config: Config) -> None:
     if model.serpent.d_inner is not None and model.serpent.d_inner < len(rates):
         raise UserError(f"model.serpent.d_inner={model.serpent.d_inner} is not allowed; its {len(rates)} branches "
                         f"(model.serpent.rates) need >= {len(rates)}")
-    if int(model.mamba.expand * model.d_model) < 1:
-        raise UserError(f"model.mamba.expand={model.mamba.expand} x model.d_model={model.d_model} leaves no inner channel; "
-                        f"raise model.mamba.expand to >= {1 / model.d_model:.4g}")
-    if model.mamba.dt_min > model.mamba.dt_max:
-        raise UserError(f"model.mamba.dt_min={model.mamba.dt_min} is above model.mamba.dt_max={model.mamba.dt_max}")
+    for name in MIXERS:
+        mixer, path = getattr(model, name), f"model.{name}"
+        if int(mixer.expand * model.d_model) < 1:
+            raise UserError(f"{path}.expand={mixer.expand} x model.d_model={model.d_model} leaves no inner channel; "
+                            f"raise {path}.expand to >= {1 / model.d_model:.4g}")
+        if mixer.dt_min > mixer.dt_max:
+            raise UserError(f"{path}.dt_min={mixer.dt_min} is above {path}.dt_max={mixer.dt_max}")
     if training.max_steps is None and training.max_tokens is None:
         raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
     if schedule.kind == "wsd" and not schedule.decay_steps:

@@ -96,7 +96,7 @@ def test_emissions_and_outputs_equal_the_oracle(oracle_and_branch):
 @pytest.fixture
 def mixer():
     torch.manual_seed(0)
-    mixer = Serpent(32, SerpentConfig(band=2.0), MambaConfig())
+    mixer = Serpent(32, SerpentConfig(band=2.0), Mamba, MambaConfig())
     for name, parameter in mixer.named_parameters():  # a clock that has learned something
         if "clock_weight" in name or "readout_basis" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -229,7 +229,7 @@ def test_the_clock_starts_uniform_and_the_window_as_half_the_mean():
 def test_rate_one_alone_is_exactly_the_inner_mixer():
     torch.manual_seed(0)
     config, mamba = SerpentConfig(rates=[1.0]), MambaConfig()
-    mixer = Serpent(32, config, mamba)
+    mixer = Serpent(32, config, Mamba, mamba)
     assert mixer.branches[0].d_inner == 64
     x, documents = packed((50,), 32)
     assert torch.equal(mixer(x.float(), documents)[0], mixer.branches[0](x.float(), documents)[0])
@@ -238,13 +238,13 @@ def test_rate_one_alone_is_exactly_the_inner_mixer():
 @pytest.mark.parametrize("d_model", [64, 128, 512, 768, 1024, 2048])
 def test_a_layer_has_as_many_parameters_as_a_mamba_layer(d_model):
     config, mamba = SerpentConfig(), MambaConfig()
-    inners, outs = branch_widths(d_model, config, mamba)
-    ours = parameter_count(d_model, inners, outs, config, mamba)
+    inners, outs = branch_widths(d_model, config, Mamba, mamba)
+    ours = parameter_count(d_model, inners, outs, config, Mamba, mamba)
     plain = Mamba.parameter_count(d_model, 2 * d_model, d_model, mamba)
     assert sum(outs) == d_model and abs(ours / plain - 1) < 0.01
     if d_model <= 128:
         with torch.device("meta"):
-            assert sum(p.numel() for p in Serpent(d_model, config, mamba).parameters()) == ours
+            assert sum(p.numel() for p in Serpent(d_model, config, Mamba, mamba).parameters()) == ours
             assert sum(p.numel() for p in Mamba(d_model, 2 * d_model, d_model, mamba).parameters()) == plain
 
 

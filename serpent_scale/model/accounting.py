@@ -8,10 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from serpent_scale.config import Config, ModelConfig
-from serpent_scale.model import serpent
+from serpent_scale.model import mixers
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab
-from serpent_scale.model.mamba import Mamba
 
 GIB = 2**30
 
@@ -20,17 +19,9 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is the model's size. The embedding is shared with the read-out."""
     counts = {"embedding": padded_vocab(config.vocab_size) * config.d_model}
     for name in layer_names(config):
-        counts[f"{name} layers"] = counts.get(f"{name} layers", 0) + _mixer_parameters(name, config)
+        counts[f"{name} layers"] = counts.get(f"{name} layers", 0) + mixers.parameter_count(name, config)
     counts["norms"] = (config.n_layers + 1) * config.d_model
     return counts
-
-
-def _mixer_parameters(name: str, config: ModelConfig) -> int:
-    d = config.d_model
-    if name == "mamba":
-        return Mamba.parameter_count(d, int(config.mamba.expand * d), d, config.mamba)
-    widths = serpent.branch_widths(d, config.serpent, config.mamba)
-    return serpent.parameter_count(d, *widths, config.serpent, config.mamba)
 
 
 @dataclass(frozen=True)
@@ -47,13 +38,9 @@ class Flops:
 
 def flops_per_token(config: ModelConfig) -> Flops:
     """SeRpEnt branches counted at their target rates. Norms and activations are left out."""
-    d = config.d_model
-    matmul, other = 2.0 * d * padded_vocab(config.vocab_size), 0.0
+    matmul, other = 2.0 * config.d_model * padded_vocab(config.vocab_size), 0.0
     for name in layer_names(config):
-        if name == "mamba":
-            m, o = Mamba.flops(d, int(config.mamba.expand * d), d, config.mamba)
-        else:
-            m, o = serpent.flops(d, config.serpent, config.mamba)
+        m, o = mixers.flops(name, config)
         matmul, other = matmul + m, other + o
     return Flops(matmul, other)
 
@@ -90,10 +77,7 @@ def _kernels_bytes(name: str, config: Config) -> float:
     """Bytes one block keeps for its backward pass on a GPU."""
     model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
     d, itemsize = model.d_model, 2 if config.training.precision == "bf16" else 4
-    if name == "mamba":
-        mixer = Mamba.kept_bytes(int(model.mamba.expand * d), model.mamba, itemsize)
-    else:
-        mixer = serpent.kept_bytes(d, model.serpent, model.mamba, itemsize, length)
+    mixer = mixers.kept_bytes(name, model, itemsize, length)
     return rows * length * ((4 + itemsize) * d + mixer)  # the residual stream, and what the norm makes of it
 
 

@@ -9,17 +9,7 @@ from serpent_scale.config import ModelConfig
 from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_nll
 from serpent_scale.kernels.rms_norm import rms_norm
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.mamba import Mamba
-from serpent_scale.model.serpent import Serpent
-
-
-def build_mixer(name: str, config: ModelConfig) -> nn.Module:
-    """A mixer (B, L, d_model) -> (B, L, d_model); forward(x, documents, state) returns (y, state after x)."""
-    if name == "mamba":
-        return Mamba(config.d_model, int(config.mamba.expand * config.d_model), config.d_model, config.mamba)
-    if name == "serpent":
-        return Serpent(config.d_model, config.serpent, config.mamba)
-    raise ValueError(f"unknown mixer {name}")
+from serpent_scale.model.mixers import build_mixer
 
 
 def layer_names(config: ModelConfig) -> list[str]:

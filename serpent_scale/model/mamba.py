@@ -12,6 +12,7 @@ from serpent_scale.kernels.causal_conv1d import causal_conv1d
 from serpent_scale.kernels.mamba_inner import mamba_inner
 from serpent_scale.kernels.selective_state_update import selective_state_update
 from serpent_scale.model.documents import Documents
+from serpent_scale.model.mixer import Mixer
 
 TOKENS_A_STATE = 32  # the GPU's scan keeps one state for the backward pass every so many tokens
 
@@ -28,11 +29,11 @@ def dt_rank(d_inner: int) -> int:
     return rank if rank < 16 else 8 * math.ceil(rank / 8)
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """(B, L, d_in) -> (B, L, d_out): in_proj, causal conv, SiLU, x_proj, dt_proj, selective scan, gate, out_proj."""
 
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: MambaConfig):
-        super().__init__()
+        super().__init__(d_in, d_inner, d_out, config)
         self.d_inner, self.d_state, self.rank = d_inner, config.d_state, dt_rank(d_inner)
         self.in_proj = nn.Linear(d_in, 2 * d_inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
@@ -58,7 +59,6 @@ class Mamba(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def forward(self, x: Tensor, documents: Documents, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """Slots that are not live leave the state as it is; their outputs mean nothing. Returns (y, state after x)."""
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             return self._decode(x, documents, state)
         halo, ssm = (None, None) if state is None else state
@@ -89,12 +89,11 @@ class Mamba(nn.Module):
 
     @staticmethod
     def kept_bytes(d_inner: int, config: MambaConfig, itemsize: int) -> float:
-        """What a GPU keeps of one token for the backward pass, the input left out: xz, y, x_proj's output and scan states."""
+        """xz, y, x_proj's output and scan states."""
         return itemsize * (3 * d_inner + dt_rank(d_inner) + 2 * config.d_state) + 4 * d_inner * config.d_state / TOKENS_A_STATE
 
     @staticmethod
     def flops(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> tuple[int, int]:
-        """Forward FLOPs per token: (matrix products, the rest: convolution and scan)."""
         n, r = config.d_state, dt_rank(d_inner)
         matmul = 2 * d_inner * (2 * d_in + r + 2 * n + r + d_out) + 2 * d_inner * n  # the last: y = C h
         # conv: multiply and add per tap; scan per state: dt A, exp, decay h, + input, (dt x) B

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serpent_scale.config import MambaConfig, SerpentConfig
+from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Sampling, compress, decompress
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.mixer import Mixer
 
 
 class BranchState(NamedTuple):
@@ -73,14 +73,15 @@ class Serpent(nn.Module):
     """Branches at several rates side by side, concatenated and projected: (B, L, d_model) -> (B, L, d_model).
 
     A branch at rate 1 is the plain inner mixer; alone it needs no projection, so rates = [1] is exactly that mixer.
+    mixer, settings: the inner mixer's class and its section of the configuration.
     """
 
-    def __init__(self, d_model: int, config: SerpentConfig, mamba: MambaConfig):
+    def __init__(self, d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any):
         super().__init__()
         self.branches = nn.ModuleList()
-        for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mamba)):
-            mixer = Mamba(d_model, inner, out, mamba)
-            self.branches.append(mixer if rate == 1 else Branch(mixer, d_model, out, rate, config))
+        for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
+            branch = mixer(d_model, inner, out, settings)
+            self.branches.append(branch if rate == 1 else Branch(branch, d_model, out, rate, config))
         plain = list(config.rates) == [1.0]
         self.out_proj = nn.Identity() if plain else nn.Linear(d_model, d_model, bias=False)
 
@@ -90,17 +91,19 @@ class Serpent(nn.Module):
         return self.out_proj(torch.cat([z for z, _ in results], -1)), tuple(s for _, s in results)
 
 
-def branch_widths(d_model: int, config: SerpentConfig, mamba: MambaConfig) -> tuple[list[int], list[int]]:
-    """(inner widths, output widths) per branch; by default the layer has as many parameters as a plain Mamba layer."""
+def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[list[int], list[int]]:
+    """(inner widths, output widths) per branch; by default the layer has as many parameters as a plain one of its
+    inner mixer, as nearly as that mixer's unit of width allows."""
     n = len(config.rates)
     unit = 8 if d_model >= 512 else 1  # matrix units want multiples of 8; small models need the finer choice
     outs = _split(d_model, n, unit)
     if config.d_inner is not None:
-        return _split(config.d_inner, n, 1), outs
-    target = Mamba.parameter_count(d_model, int(mamba.expand * d_model), d_model, mamba)
+        return _split(config.d_inner, n, mixer.width_unit(settings)), outs
+    unit = math.lcm(unit, mixer.width_unit(settings))
+    target = mixer.parameter_count(d_model, mixer.width(d_model, settings), d_model, settings)
 
     def excess(total: int) -> int:
-        return parameter_count(d_model, _split(total, n, unit), outs, config, mamba) - target
+        return parameter_count(d_model, _split(total, n, unit), outs, config, mixer, settings) - target
 
     total = n * unit
     while excess(total + unit) < 0:
@@ -109,20 +112,22 @@ def branch_widths(d_model: int, config: SerpentConfig, mamba: MambaConfig) -> tu
     return _split(total, n, unit), outs
 
 
-def parameter_count(d_model: int, inners: list[int], outs: list[int], config: SerpentConfig, mamba: MambaConfig) -> int:
+def parameter_count(
+    d_model: int, inners: list[int], outs: list[int], config: SerpentConfig, mixer: type[Mixer], settings: Any
+) -> int:
     total = 0 if list(config.rates) == [1.0] else d_model * d_model
     for rate, inner, out in zip(config.rates, inners, outs):
-        total += Mamba.parameter_count(d_model, inner, out, mamba)
+        total += mixer.parameter_count(d_model, inner, out, settings)
         if rate != 1:
             total += config.n_bases * (d_model + out) + (d_model + 1 if config.learn_clock else 0)
     return total
 
 
-def kept_bytes(d_model: int, config: SerpentConfig, mamba: MambaConfig, itemsize: int, length: int) -> float:
+def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, itemsize: int, length: int) -> float:
     """What a GPU keeps of one token for the backward pass, the input left out. length: tokens of a row."""
     total = itemsize * d_model  # the branches' outputs side by side
-    for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mamba)):
-        element = Mamba.kept_bytes(inner, mamba, itemsize)
+    for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
+        element = mixer.kept_bytes(inner, settings, itemsize)
         if rate == 1:
             total += element
             continue
@@ -132,11 +137,11 @@ def kept_bytes(d_model: int, config: SerpentConfig, mamba: MambaConfig, itemsize
     return total
 
 
-def flops(d_model: int, config: SerpentConfig, mamba: MambaConfig) -> tuple[float, float]:
+def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[float, float]:
     """Forward FLOPs per token at the target rates: (matrix products, the rest)."""
     matmul, rest = (0.0 if list(config.rates) == [1.0] else 2.0 * d_model * d_model), 0.0
-    for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mamba)):
-        m, r = Mamba.flops(d_model, inner, out, mamba)
+    for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
+        m, r = mixer.flops(d_model, inner, out, settings)
         matmul, rest = matmul + rate * m, rest + rate * r
         if rate != 1:
             taps, bases = math.ceil(config.horizon * config.spread / rate) + 1, config.n_bases

@@ -1,0 +1,50 @@
+"""What a mixer is to the stack, to SeRpEnt and to the accounting. `mixers.py` knows them by name."""
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from serpent_scale.model.documents import Documents
+
+
+class Mixer(nn.Module):
+    """Mixes tokens causally and with a state of constant size: (B, L, d_in) -> (B, L, d_out), by d_inner inner channels.
+
+    config is the mixer's own section of the model's configuration; it has `expand`.
+    """
+
+    def __init__(self, d_in: int, d_inner: int, d_out: int, config: Any):
+        super().__init__()
+
+    def forward(self, x: Tensor, documents: Documents, state: Any = None) -> tuple[Tensor, Any]:
+        """x (B, L, d_in) -> (y (B, L, d_out), state after x), any L. state: what an earlier piece of the rows returned.
+
+        The state is dropped where documents.reset is True. Slots that are not live leave the state as it is; their outputs
+        mean nothing.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def width(d_model: int, config: Any) -> int:
+        """d_inner of a layer of its own."""
+        return int(config.expand * d_model)
+
+    @staticmethod
+    def width_unit(config: Any) -> int:
+        """d_inner is a multiple of this."""
+        return 1
+
+    @staticmethod
+    def parameter_count(d_in: int, d_inner: int, d_out: int, config: Any) -> int:
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(d_in: int, d_inner: int, d_out: int, config: Any) -> tuple[int, int]:
+        """Forward FLOPs per token: (matrix products, the rest)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kept_bytes(d_inner: int, config: Any, itemsize: int) -> float:
+        """What a GPU keeps of one token for the backward pass, the input left out."""
+        raise NotImplementedError
