@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from serpent_scale.errors import UserError
 
-MIXERS = ("mamba",)  # each has a section of `ModelConfig` and a class in serpent_scale/model/mixers.py
+MIXERS = ("mamba", "mamba2")  # each has a section of `ModelConfig` and a class in serpent_scale/model/mixers.py
 
 
 def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, choices=None):
@@ -56,6 +56,19 @@ class MambaConfig:
 
 
 @dataclass
+class Mamba2Config:
+    """Mamba-2 (Dao & Gu, arXiv 2405.21060): state-space duality, one decay per head."""
+
+    expand: float = setting(2.0, "d_inner = expand * d_model", gt=0)
+    d_state: int = setting(128, "state size N per channel", ge=1)
+    d_conv: int = setting(4, "taps of the causal convolution over x, B and C", ge=1)
+    head_dim: int = setting(64, "channels of a head; d_inner is a multiple of head_dim * n_groups", ge=1)
+    n_groups: int = setting(1, "groups of heads, each with its own B, C and root mean square", ge=1)
+    dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
+    dt_max: float = setting(0.1, "largest initial step dt", gt=0)
+
+
+@dataclass
 class SerpentConfig:
     """SeRpEnt (Rando et al., arXiv 2501.11729): selective resampling around a mixer."""
 
@@ -80,6 +93,7 @@ class ModelConfig:
     )
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm", gt=0)
     mamba: MambaConfig = field(default_factory=MambaConfig)
+    mamba2: Mamba2Config = field(default_factory=Mamba2Config)
     serpent: SerpentConfig = field(default_factory=SerpentConfig)
 
 
@@ -360,6 +374,7 @@ def _check_combinations(config: Config) -> None:
                             f"raise {path}.expand to >= {1 / model.d_model:.4g}")
         if mixer.dt_min > mixer.dt_max:
             raise UserError(f"{path}.dt_min={mixer.dt_min} is above {path}.dt_max={mixer.dt_max}")
+    _check_heads(model)
     if training.max_steps is None and training.max_tokens is None:
         raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
     if schedule.kind == "wsd" and not schedule.decay_steps:
@@ -377,3 +392,20 @@ def _check_combinations(config: Config) -> None:
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", config.run.name):
         raise UserError(f"run.name='{config.run.name}' must be letters, digits, '.', '_' and '-': it names a folder")
+
+
+def _check_heads(model: ModelConfig) -> None:
+    """Mamba-2's widths, where it is in use, are whole heads in every group."""
+    unit, width = model.mamba2.head_dim * model.mamba2.n_groups, int(model.mamba2.expand * model.d_model)
+    inside = "serpent" in model.pattern and model.serpent.inner == "mamba2"
+    heads = f"model.mamba2.head_dim x model.mamba2.n_groups = {unit}"
+    if ("mamba2" in model.pattern or inside) and width % unit:
+        raise UserError(f"model.mamba2.expand x model.d_model = {width} is not a multiple of {heads}; change one of them")
+    if not inside:
+        return
+    branches, d_inner = len(model.serpent.rates), model.serpent.d_inner
+    if d_inner is not None and d_inner % unit:
+        raise UserError(f"model.serpent.d_inner={d_inner} is not a multiple of {heads}; change one of them")
+    if (d_inner or width) < branches * unit:
+        raise UserError(f"{heads} is too wide: the {branches} branches (model.serpent.rates) share {d_inner or width} channels; "
+                        f"lower it to <= {(d_inner or width) // branches}")

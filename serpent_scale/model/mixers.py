@@ -12,10 +12,12 @@ from torch import nn
 from serpent_scale.config import ModelConfig
 from serpent_scale.model import serpent
 from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.mamba2 import Mamba2
 from serpent_scale.model.mixer import Mixer
 
 MIXERS: dict[str, type[Mixer]] = {
     "mamba": Mamba,
+    "mamba2": Mamba2,
 }
 
 

@@ -1,0 +1,122 @@
+"""The Mamba-2 mixer (Dao & Gu, arXiv 2405.21060, section 7): state-space duality with one scalar decay a head.
+
+Legend: B batch, L length, H heads, P head_dim (H P = d_inner), G groups of heads that share B and C, N d_state.
+"""
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serpent_scale.config import Mamba2Config
+from serpent_scale.kernels.causal_conv1d import causal_conv1d
+from serpent_scale.kernels.rms_norm import rms_norm
+from serpent_scale.kernels.ssd import ssd
+from serpent_scale.kernels.ssd.reference import CHUNK
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.mixer import Mixer
+
+LARGEST_A = 16.0  # initial decay rates are uniform in [1, 16]
+NORM_EPS = 1e-5
+
+
+class Mamba2State(NamedTuple):
+    conv: Tensor  # (B, d_conv - 1, H P + 2 G N) last inputs of the convolution
+    ssm: Tensor  # (B, H, P, N)
+
+
+class Mamba2(Mixer):
+    """in_proj, causal conv and SiLU over x, B and C, scan, gate, RMSNorm per group, out_proj."""
+
+    def __init__(self, d_in: int, d_inner: int, d_out: int, config: Mamba2Config):
+        super().__init__(d_in, d_inner, d_out, config)
+        self.d_inner, self.n_groups, self.d_bc = d_inner, config.n_groups, config.n_groups * config.d_state
+        self.n_heads = d_inner // config.head_dim
+        d_conv_in = d_inner + 2 * self.d_bc
+        self.in_proj = nn.Linear(d_in, d_inner + d_conv_in + self.n_heads, bias=False)  # z, (x, B, C), dt
+        self.conv_weight = nn.Parameter(torch.empty(d_conv_in, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(d_conv_in))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.A_log = nn.Parameter(torch.empty(self.n_heads))
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm_weight = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = nn.Linear(d_inner, d_out, bias=False)
+        for parameter in (self.A_log, self.D, self.dt_bias):
+            parameter._no_weight_decay = True
+        self._initialise(config)
+
+    @torch.no_grad()
+    def _initialise(self, config: Mamba2Config) -> None:
+        bound = config.d_conv**-0.5
+        self.conv_weight.uniform_(-bound, bound)
+        self.conv_bias.uniform_(-bound, bound)
+        self.A_log.uniform_(1, LARGEST_A).log_()
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.exp(torch.rand(self.n_heads) * (high - low) + low)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+    def forward(self, x: Tensor, documents: Documents, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
+        halo, before = (None, None) if state is None else state
+        z, xBC, dt = self.in_proj(x).split([self.d_inner, len(self.conv_bias), self.n_heads], -1)
+        xBC, halo = causal_conv1d(xBC, self.conv_weight, self.conv_bias, documents.since_reset, halo, documents.n_live)
+        u, B, C = xBC.split([self.d_inner, self.d_bc, self.d_bc], -1)
+        u, B, C = u.unflatten(-1, (self.n_heads, -1)), B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1))
+        one_token = state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        scan = _step if one_token else ssd
+        y, after = scan(
+            u, dt, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, documents.reset, documents.live, before
+        )
+        y = self._norm(y.flatten(-2) * F.silu(z))
+        return self.out_proj(y), Mamba2State(halo, after)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        """Each group's channels by their own root mean square."""
+        groups = zip(y.chunk(self.n_groups, -1), self.norm_weight.chunk(self.n_groups))
+        parts = [rms_norm(v, weight, NORM_EPS, out_dtype=y.dtype)[0] for v, weight in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    @staticmethod
+    def width_unit(config: Mamba2Config) -> int:
+        return config.head_dim * config.n_groups
+
+    @staticmethod
+    def parameter_count(d_in: int, d_inner: int, d_out: int, config: Mamba2Config) -> int:
+        heads, d_conv_in = d_inner // config.head_dim, d_inner + 2 * config.n_groups * config.d_state
+        return d_in * (d_inner + d_conv_in + heads) + d_conv_in * (config.d_conv + 1) + 3 * heads + d_inner + d_inner * d_out
+
+    @staticmethod
+    def flops(d_in: int, d_inner: int, d_out: int, config: Mamba2Config) -> tuple[int, int]:
+        heads, d_bc = d_inner // config.head_dim, config.n_groups * config.d_state
+        d_conv_in = d_inner + 2 * d_bc
+        matmul = 2 * d_in * (d_inner + d_conv_in + heads) + 2 * d_inner * d_out
+        # a chunk: C B^T for every group, its product with x for every head, states out and in
+        matmul += 2 * CHUNK * (d_bc + d_inner) + 4 * d_inner * config.d_state
+        # conv: multiply and add per tap; scan: subtract, exp and multiply per pair of steps and head, dt x, D x
+        return matmul, 2 * config.d_conv * d_conv_in + 3 * CHUNK * heads + 3 * d_inner
+
+    @staticmethod
+    def kept_bytes(d_inner: int, config: Mamba2Config, itemsize: int) -> float:
+        """in_proj's output, the convolution's, the scan's, silu(z), what the norm reads (float32) and what it gives."""
+        heads, d_conv_in = d_inner // config.head_dim, d_inner + 2 * config.n_groups * config.d_state
+        return itemsize * (d_inner + 2 * d_conv_in + heads + 3 * d_inner) + 4 * d_inner
+
+
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, reset: Tensor, live: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` of one token a row, without gradients."""
+    dtype, compute = x.dtype, state.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C, D, dt_bias = (v.to(compute) for v in (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, dt_bias))
+        step = F.softplus(dt + dt_bias)  # (B, H)
+        if live is not None:
+            step = step * live
+        state = state.masked_fill(reset[..., None, None], 0.0)
+        B, C = (v.repeat_interleave(x.shape[1] // v.shape[1], 1)[:, :, None] for v in (B, C))  # (B, H, 1, N)
+        state = torch.exp(step * A)[..., None, None] * state + (step[..., None] * x)[..., None] * B
+        y = (state * C).sum(-1) + D[:, None] * x
+    return y[:, None].to(dtype), state
