@@ -1,6 +1,7 @@
 """The registry, and what must hold of every mixer in it, alone and inside SeRpEnt."""
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from serpent_scale import config as configuration
-from serpent_scale.config import Config, DataConfig, Mamba2Config, MambaConfig, ModelConfig, SerpentConfig, TrainingConfig
+from serpent_scale.config import (
+    Config, DataConfig, Mamba2Config, MambaConfig, ModelConfig, SerpentConfig, TrainingConfig, load_config,
+)
 from serpent_scale.kernels.causal_conv1d.reference import causal_conv1d as reference_conv
 from serpent_scale.kernels.rms_norm.reference import rms_norm as reference_norm
 from serpent_scale.kernels.ssd.reference import ssd as reference_scan
@@ -22,6 +25,7 @@ from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.model.mamba2 import Mamba2
 from serpent_scale.model.mixer import Mixer
 
+ROOT = Path(__file__).parents[1]
 LENGTHS = (70, 3, 50)
 CASES = [(pattern, inner) for inner in configuration.MIXERS for pattern in ((inner,), ("serpent",))]
 alone_and_inside = pytest.mark.parametrize("pattern, inner", CASES, ids=[f"{p[0]}({i})" for p, i in CASES])
@@ -123,6 +127,14 @@ def test_counts_equal_the_built_model_and_torch(pattern, inner):
     run = Config(model=model.config, data=DataConfig(seq_len=128), training=TrainingConfig(micro_batch=2))
     on_gpu, on_cpu = (memory_per_rank(run, 1, device)["activations"] for device in ("cuda", "cpu"))
     assert 0 < on_gpu < on_cpu
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_sizes_with_mamba2_are_equal_with_and_without_serpent(file):
+    patterns = ("[mamba2]", "[serpent]", "[mamba2,serpent]")
+    runs = [load_config(file, [f"model.pattern={pattern}", "model.serpent.inner=mamba2"]) for pattern in patterns]
+    counts = [sum(parameter_counts(run.model).values()) for run in runs]
+    assert max(counts) / min(counts) - 1 < 0.01
 
 
 @pytest.mark.parametrize("d_model", [512, 768, 1024, 2048])
