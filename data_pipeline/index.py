@@ -10,6 +10,7 @@ import io
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,18 @@ class Index:
     def tokenizer_path(self) -> Path:
         return self.folder.parent / "tokenizer.json"
 
+    @cached_property
+    def shard_tokens(self) -> np.ndarray:
+        """Tokens of each shard, (n_shards,) int64."""
+        return np.array([shard.tokens for shard in self.shards], np.int64)
+
     def first_document(self, shard: int) -> int:
         """Number of a shard's first document; of one past the last shard, the number of documents."""
-        return int(np.searchsorted(self.documents[:, 0], shard))
+        return int(self._first_documents[shard])
+
+    @cached_property
+    def _first_documents(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([shard.documents for shard in self.shards])])
 
 
 def payload_offsets(sizes: np.ndarray) -> np.ndarray:
@@ -144,13 +154,18 @@ def load_index(folder: Path) -> Index:
 def verify_shard(index: Index, number: int) -> None:
     """Read shard `number` whole: its size, its sha256, and that its members are the documents the index says, no others.
 
-    Raises UserError naming the shard.
+    Raises UserError naming the shard, and the byte where it is known.
     """
-    path = _check_size(index, number)
+    path, expected = _check_size(index, number), index.shards[number].sha256
     digest = sha256_of(path)
-    if digest != index.shards[number].sha256:
-        raise UserError(f"{path}: sha256 is {digest[:16]}…, the index says {index.shards[number].sha256[:16]}…; {MEND}")
-    _check_members(index, number, np.memmap(path, np.uint8, "r"))
+    fault = _fault_of_members(index, number, np.memmap(path, np.uint8, "r"))
+    if digest != expected:
+        others = [shard.name for shard in index.shards if shard.sha256 == digest]
+        fault = fault or "names and sizes are as indexed, other bytes differ"
+        fault = f"it is {others[0]} under another name" if others else fault
+        raise UserError(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
+    if fault:
+        raise UserError(f"{path}: {fault}; {MEND}")
 
 
 def open_shard(index: Index, number: int) -> np.ndarray:
@@ -217,24 +232,35 @@ def _check_size(index: Index, number: int) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: missing; {MEND}")
     if path.stat().st_size != shard.bytes:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}; {MEND}")
+        raise UserError(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
+                        f"{_fault_of_size(index, number, path.stat().st_size)}; {MEND}")  # fmt: skip
     return path
 
 
-def _check_members(index: Index, number: int, data: np.ndarray) -> None:
+def _fault_of_size(index: Index, number: int, size: int) -> str:
+    if size > index.shards[number].bytes:
+        return f"what is from byte {index.shards[number].bytes} on does not belong to it"
+    first, last = index.first_document(number), index.first_document(number + 1)
+    ends = index.documents[first:last, 1] + index.documents[first:last, 2] * index.dtype.itemsize
+    whole = first + int((ends <= size).sum())
+    return f"cut at byte {size}, in its end mark" if whole == last else f"cut at byte {size}, in or before document {whole}"
+
+
+def _fault_of_members(index: Index, number: int, data: np.ndarray) -> str | None:
     """Compare the tar with the layout that documents.npy implies: where members lie, their names, sizes and types.
 
-    data (bytes,) uint8. One expected layout leaves no room for a foreign member, a link or a path.
+    data (bytes,) uint8. One expected layout leaves no room for a foreign member, a link or a path. Returns the first fault,
+    with its byte.
     """
-    path = index.folder / index.shards[number].name
     first, last = index.first_document(number), index.first_document(number + 1)
     offsets, sizes = index.documents[first:last, 1], index.documents[first:last, 2] * index.dtype.itemsize
     expected = payload_offsets(sizes)
     if (offsets != expected[:-1]).any():
         at = first + int(np.argmax(offsets != expected[:-1]))
-        raise UserError(f"{index.folder / 'documents.npy'}: offset of document {at} does not fit {path.name}; {MEND}")
-    if len(data) != -(-(expected[-1] + 2 * HEADER) // RECORD) * RECORD or data[expected[-1] :].any():
-        raise UserError(f"{path}: holds other data after its {last - first} documents; {MEND}")
+        return f"{index.folder / 'documents.npy'} has an offset of document {at} that does not fit"
+    end = int(expected[-1])
+    if len(data) < end:
+        return f"ends at byte {len(data)}, its documents at byte {end}"
     for start in range(0, last - first, 8192):
         stop = min(start + 8192, last - first)
         headers = data[(offsets[start:stop] - HEADER)[:, None] + np.arange(HEADER)]
@@ -248,5 +274,9 @@ def _check_members(index: Index, number: int, data: np.ndarray) -> None:
             & ~headers[:, 345:500].any(1)  # prefix of the path
         )
         if not right.all():
-            at = first + start + int(np.argmin(right))
-            raise UserError(f"{path}: the member of document {at} is not {member_name(at)} with the indexed size; {MEND}")
+            at = start + int(np.argmin(right))
+            name = member_name(first + at)
+            return f"at byte {offsets[at] - HEADER} there is no {name} with the indexed size of document {first + at}"
+    if len(data) != -(-(end + 2 * HEADER) // RECORD) * RECORD or data[end:].any():
+        return f"other data after its {last - first} documents, which end at byte {end}"
+    return None
