@@ -61,6 +61,16 @@ class Batch:
     samples: range
 
 
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """A verified shard. data: its tar as tokens; begins (n_documents + 1,): where documents begin, in tokens of this shard;
+    element (n_documents,): token t of the shard, in document d, is data[t + element[d]]."""
+
+    data: np.ndarray
+    begins: np.ndarray
+    element: np.ndarray
+
+
 class TokenStream:
     """The samples of one split.
 
@@ -73,13 +83,7 @@ class TokenStream:
         self.index = load_index(Path(folder) / split)
         self.seq_len, self.seed, self.shuffle_block = seq_len, seed, shuffle_block
         self.n_windows = -(-self.index.tokens // seq_len)
-        documents = self.index.documents
-        # stored order: token numbers where documents begin (n_documents + 1,) and shards begin (n_shards + 1,)
-        self._document_begins = np.concatenate([[0], np.cumsum(documents[:, 2])])
-        self._shard_begins = np.concatenate([[0], np.cumsum([shard.tokens for shard in self.index.shards])])
-        # element of a mapped tar that holds stored token q of document d: q + _element[d]
-        self._element = documents[:, 1] // self.index.dtype.itemsize - self._document_begins[:-1]
-        self._shards: dict[int, np.ndarray] = {}
+        self._shards: dict[int, OpenShard] = {}
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @classmethod
@@ -130,23 +134,31 @@ class TokenStream:
             raise UserError(f"data state: next_sample is {number!r}, not a sample number; use another checkpoint")
         return number
 
-    def _fill(self, g: int, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Write sample g into tokens and labels, both (seq_len,); returns its starts."""
+    def spans(self, g: int) -> list[tuple[int, int, int]]:
+        """Where sample g and its label token lie: (shard, first, last) in tokens of the shard, in the order they are joined.
+
+        The cost does not depend on g, nor on what was read before; the first g of an epoch permutes the shards' numbers.
+        """
         if g < 0:
             raise ValueError(f"sample {g} is negative")
         epoch, window = divmod(g, self.n_windows)
         order, begins = self._shard_order(epoch)
         at = self._window(epoch, window) * self.seq_len
+        end = min(at + self.seq_len + 1, self.index.tokens)
+        place, spans = int(np.searchsorted(begins, at, "right")) - 1, []
+        while at < end:
+            begin, stop = int(begins[place]), min(end, int(begins[place + 1]))
+            spans.append((int(order[place]), at - begin, stop - begin))
+            at, place = stop, place + 1
+        return spans
+
+    def _fill(self, g: int, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Write sample g into tokens and labels, both (seq_len,); returns its starts."""
         line = np.full(self.seq_len + 1, self.index.eot_id, np.int64)
         filled, starts = 0, []
-        place = int(np.searchsorted(begins, at, "right")) - 1
-        while filled <= self.seq_len and place < len(order):
-            shard = int(order[place])
-            first = int(self._shard_begins[shard] + at + filled - begins[place])
-            last = int(min(first + len(line) - filled, self._shard_begins[shard + 1]))
+        for shard, first, last in self.spans(g):
             starts.append(self._read(shard, first, last, line[filled : filled + last - first]) + filled)
             filled += last - first
-            place += 1
         if filled <= self.seq_len:  # the epoch ends in or right after this window: what follows is padding
             starts.append(np.array([filled]))
             line[filled:] = self.index.eot_id
@@ -169,28 +181,33 @@ class TokenStream:
         if self._epoch is None or self._epoch[0] != epoch:
             n = len(self.index.shards)
             order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
-            self._epoch = epoch, order, np.concatenate([[0], np.cumsum(np.diff(self._shard_begins)[order])])
+            self._epoch = epoch, order, np.concatenate([[0], np.cumsum(self.index.shard_tokens[order])])
         return self._epoch[1:]
 
     def _read(self, shard: int, first: int, last: int, out: np.ndarray) -> np.ndarray:
-        """Copy stored tokens [first, last) of one shard to out; returns positions in out where documents begin."""
+        """Copy tokens [first, last) of a shard to out; returns positions in out where documents begin."""
         if shard not in self._shards:
-            self._shards[shard] = open_shard(self.index, shard)
-        d0 = int(np.searchsorted(self._document_begins, first, "right")) - 1
-        d1 = int(np.searchsorted(self._document_begins, last, "left"))
-        data = self._shards[shard]
+            self._shards[shard] = self._open(shard)
+        opened = self._shards[shard]
+        data, document_begins, element = opened.data, opened.begins, opened.element
+        d0 = int(np.searchsorted(document_begins, first, "right")) - 1
+        d1 = int(np.searchsorted(document_begins, last, "left"))
         if d1 - d0 == 1:
-            begin = first + int(self._element[d0])
+            begin = first + int(element[d0])
             out[:] = data[begin : begin + last - first]
         else:
-            edges = np.clip(self._document_begins[d0 : d1 + 1], first, last)
-            elements = np.arange(first, last) + np.repeat(self._element[d0:d1], np.diff(edges))
-            out[:] = data[elements]
+            edges = np.clip(document_begins[d0 : d1 + 1], first, last)
+            out[:] = data[np.arange(first, last) + np.repeat(element[d0:d1], np.diff(edges))]
         if out.max() >= self.index.vocab_size:
-            document = int(np.searchsorted(self._document_begins, first + int(out.argmax()), "right")) - 1
-            raise _foreign_token(self.index, shard, document, int(out.max()))
-        begins = self._document_begins[d0:d1]
+            document = int(np.searchsorted(document_begins, first + int(out.argmax()), "right")) - 1
+            raise _foreign_token(self.index, shard, self.index.first_document(shard) + document, int(out.max()))
+        begins = document_begins[d0:d1]
         return begins[begins >= first] - first
+
+    def _open(self, shard: int) -> OpenShard:
+        documents = self.index.documents[self.index.first_document(shard) : self.index.first_document(shard + 1)]
+        begins = np.concatenate([[0], np.cumsum(documents[:, 2])])
+        return OpenShard(open_shard(self.index, shard), begins, documents[:, 1] // self.index.dtype.itemsize - begins[:-1])
 
 
 def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:

@@ -128,8 +128,9 @@ def test_the_order_is_the_same_for_ever(data):
 
 def test_feistel_is_a_bijection():
     for n in [*range(1, 70), 127, 128, 129, 1000, 4097]:
-        for key in (0, 1, order.derive_key("x", n)):
+        for key in (0, 1, (1 << 64) - 1, order.derive_key("x", n)):
             assert sorted(order.permutation(n, key).tolist()) == list(range(n))
+            assert order.permutation(n, key).tolist() == [order.permute(i, n, key) for i in range(n)]
     keys = [order.derive_key("k", i) for i in range(2000)]
     seen = np.bincount([order.permute(3, 10, key) for key in keys], minlength=10)
     assert (abs(seen - 200) < 70).all()  # five standard deviations
