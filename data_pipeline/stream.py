@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline import digest
 from data_pipeline.index import Index, load_index, open_shard
 from data_pipeline.order import derive_key, permutation, permute
 from serpent_scale.errors import UserError
 
 IGNORE = -100  # label of a token whose successor is not to be learned
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ class Batch:
     """Consecutive samples, one a row.
 
     tokens, labels (n, seq_len) int64; reset (n, seq_len) bool: True at the first token of each document, so False at 0 where
-    a row continues one; lengths: see `Sample.lengths`; samples: their numbers.
+    a row continues one; lengths: see `Sample.lengths`; samples: their numbers; digest: the sum of theirs, see
+    `data_pipeline.digest`.
     """
 
     tokens: torch.Tensor
@@ -59,6 +61,7 @@ class Batch:
     reset: torch.Tensor
     lengths: tuple[tuple[int, ...], ...]
     samples: range
+    digest: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +103,17 @@ class TokenStream:
         """Samples first, …, first + n - 1."""
         tokens, labels = np.empty((2, n, self.seq_len), np.int64)
         reset = np.zeros((n, self.seq_len), bool)
-        lengths = []
+        lengths, total = [], 0
         for row in range(n):
             starts = self._fill(first + row, tokens[row], labels[row])
             reset[row, starts] = True
             lengths.append(Sample(tokens[row], labels[row], starts).lengths)
+            total += digest.of_sample(first + row, tokens[row], int(labels[row, -1]), starts, self.index.dtype)
         tensors = map(torch.from_numpy, (tokens, labels, reset))
-        return Batch(*tensors, lengths=tuple(lengths), samples=range(first, first + n))
+        return Batch(*tensors, lengths=tuple(lengths), samples=range(first, first + n), digest=total % digest.MODULUS)
 
-    def state(self, next_sample: int) -> dict:
-        """All there is to know to continue at `next_sample`."""
+    def state(self, next_sample: int, consumed: int) -> dict:
+        """All there is to know to continue at `next_sample`. consumed: the sum of the digests of the samples before it."""
         return {
             "format": STATE_FORMAT,
             "index_sha256": self.index.sha256,
@@ -118,21 +122,31 @@ class TokenStream:
             "seq_len": self.seq_len,
             "shuffle_block": self.shuffle_block,
             "next_sample": next_sample,
+            "digest": digest.to_hex(consumed),
         }
 
-    def check_state(self, state: dict) -> int:
-        """The next sample of a `state`. Raises UserError naming what differs from this stream."""
-        mine = self.state(0)
+    def check_state(self, state: dict) -> tuple[int, int]:
+        """(next sample, digest of those before it) of a `state`. Raises UserError naming what differs from this stream.
+
+        A state of format 1, which had no digest, is continued with one that counts from here on.
+        """
+        mine = self.state(0, 0)
+        if isinstance(state, dict) and state.get("format") == 1 and "digest" not in state:
+            state = state | {"format": STATE_FORMAT, "digest": digest.to_hex(0)}
         if not isinstance(state, dict) or set(state) != set(mine):
-            raise UserError(f"data state: has keys {sorted(state)}, expected {sorted(mine)}; it is from another version")
+            found = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise UserError(f"data state: has keys {found}, expected {sorted(mine)}; it is from another version")
         for key, value in mine.items():
-            if key != "next_sample" and (state[key] != value or type(state[key]) is not type(value)):
+            if key not in ("next_sample", "digest") and (state[key] != value or type(state[key]) is not type(value)):
                 raise UserError(f"data state: {key} was {state[key]!r}, {self.index.folder} now gives {value!r}; "
                                 "continue with the data and settings it began with, or start a new run")  # fmt: skip
         number = state["next_sample"]
         if type(number) is not int or number < 0:
             raise UserError(f"data state: next_sample is {number!r}, not a sample number; use another checkpoint")
-        return number
+        consumed = digest.from_hex(state["digest"])
+        if consumed is None or (consumed and not number):
+            raise UserError(f"data state: digest {state['digest']!r} is not one of {number} samples; use another checkpoint")
+        return number, consumed
 
     def spans(self, g: int) -> list[tuple[int, int, int]]:
         """Where sample g and its label token lie: (shard, first, last) in tokens of the shard, in the order they are joined.

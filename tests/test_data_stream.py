@@ -140,8 +140,9 @@ def test_feistel_is_a_bijection():
 
 def test_state_goes_round_and_names_what_differs(data, tmp_path):
     stream = TokenStream(data, "train", 16, 5, 32)
-    state = json.loads(json.dumps(stream.state(77)))
-    assert len(json.dumps(state)) < 1024 and stream.check_state(state) == 77
+    state = json.loads(json.dumps(stream.state(77, 2**127 + 1)))
+    assert len(json.dumps(state)) < 1024 and stream.check_state(state) == (77, 2**127 + 1)
+    assert stream.check_state(stream.state(0, 0)) == (0, 0)
     for other, key in [
         (TokenStream(data, "train", 17, 5, 32), "seq_len"),
         (TokenStream(data, "train", 16, 6, 32), "seed"),
@@ -150,9 +151,25 @@ def test_state_goes_round_and_names_what_differs(data, tmp_path):
     ]:
         with pytest.raises(UserError, match=f"{key} was"):
             other.check_state(state)
-    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 2}, {"seed": True}, {"more": 1}):
+    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 3}, {"seed": True}, {"more": 1}, {"digest": None},
+                   {"digest": "ff"}, {"digest": "F" * 32}, {"digest": 5}, {"next_sample": 0}):  # fmt: skip
         with pytest.raises(UserError, match="data state"):
             stream.check_state(state | change)
+    for state in (5, None, [], "x"):
+        with pytest.raises(UserError, match="data state"):
+            stream.check_state(state)
+
+
+def test_a_state_without_a_digest_is_continued_with_one_that_counts_from_there(data):
+    """As checkpoints of format 1 have it, written out here."""
+    stream = TokenStream(data, "train", 16, 5, 32)
+    index = load_index(data / "train")
+    old = {"format": 1, "index_sha256": index.sha256, "tokenizer_sha256": index.tokenizer_sha256, "seed": 5, "seq_len": 16,
+           "shuffle_block": 32, "next_sample": 77}  # fmt: skip
+    assert stream.check_state(old) == (77, 0)
+    for change in ({"seed": 6}, {"digest": "0" * 32}, {"next_sample": -1}, {"format": 0}, {"format": 2}):
+        with pytest.raises(UserError, match="data state"):
+            stream.check_state(old | change)
 
 
 def test_documents_and_counts(data):

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import digest
+from data_pipeline.stream import TokenStream
+from serpent_scale.checkpoint import manifest
+
 ROOT = Path(__file__).parents[1]
 SMALL = """
 run: {name: run, folder: RUNS}
@@ -75,6 +79,12 @@ def history(run):
     return {(line["kind"], line["step"]): line["loss"] for line in lines}
 
 
+def digests(run):
+    """The digest of all samples so far, by step."""
+    lines = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["data_digest"] for line in lines if line["kind"] == "train"}
+
+
 def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(workplace):
     whole, broken = config(workplace, "whole"), config(workplace, "broken")
     finish(deepspeed(29611, "--config", whole))
@@ -92,6 +102,7 @@ def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(w
     assert resumed_at in (10, 20, 30) and resumed_at <= killed_at
     unbroken = history(workplace / "whole")
     assert len(unbroken) == 40 + 3 and unbroken == history(workplace / "broken")
+    assert digests(workplace / "whole") == digests(workplace / "broken")
     assert unbroken["train", 40] < unbroken["train", 1] - 1
     saved = sorted(p.name for p in (workplace / "broken" / "run" / "checkpoints").iterdir())
     assert saved == ["step-00000030", "step-00000040"]
@@ -105,6 +116,26 @@ def test_one_process_gives_the_losses_of_two_and_any_accumulation(workplace):
     for key, loss in history(workplace / "alone").items():
         if key in two:
             assert math.isclose(loss, two[key], rel_tol=2e-5), key
+    mine, theirs = digests(workplace / "alone"), digests(workplace / "whole")
+    assert len(mine) == len(set(mine.values())) == 12 and mine == {step: theirs[step] for step in range(1, 13)}
+    stream = TokenStream(workplace / "data", "train", 32, 1234, 64)
+    assert mine[12] == digest.to_hex(stream.batch(0, 12 * 8).digest)
+
+
+def test_a_checkpoint_without_a_digest_is_resumed_with_one_that_counts_from_there(workplace):
+    path = workplace / "aged" / "run" / "checkpoints" / "step-00000012"
+    shutil.copytree(workplace / "alone" / "run" / "checkpoints" / path.name, path)
+    state = json.loads((path / "trainer.json").read_text())
+    del state["data"]["digest"]
+    state["data"]["format"] = 1
+    (path / "trainer.json").write_text(json.dumps(state))
+    entries = manifest.read_manifest(path)
+    manifest.write_manifest(path, {**entries, "trainer.json": manifest.hash_file(path / "trainer.json")})
+    done = launch("pretrain.py", "--config", str(config(workplace, "aged")), "training.stop_at_step=14", "training.micro_batch=8")
+    assert done.returncode == 0 and "data_digest counts those after step 12" in done.stdout, done.stderr
+    stream = TokenStream(workplace / "data", "train", 32, 1234, 64)
+    expected = {12 + n: digest.to_hex(stream.batch(96, 8 * n).digest) for n in (1, 2)}
+    assert digests(workplace / "aged") == expected
 
 
 def test_evaluate_and_generate_read_the_sharded_checkpoint_in_one_process(workplace):

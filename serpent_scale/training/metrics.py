@@ -56,7 +56,8 @@ class Metrics:
             self.wandb_id = self._wandb.id
 
     def log(self, step: int, values: dict) -> None:
-        """A training step: loss, grad_norm, lr, tokens_per_second, mfu, memory_gib, tokens, data_seconds, ..."""
+        """A training step: loss, grad_norm, lr, tokens_per_second, mfu, memory_gib, tokens, data_seconds, data_digest (hex, of
+        all samples consumed so far), ..."""
         self._write("train", step, values)
         if self._bar is not None:
             self._bar.set_postfix_str(_short(values), refresh=False)

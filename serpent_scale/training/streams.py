@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from data_pipeline.stream import TokenStream
-from serpent_scale.config import Config
+from serpent_scale.config import Config, TrainingConfig
 from serpent_scale.errors import UserError
 
 
@@ -19,3 +19,8 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
             f"set model.vocab_size={size} or prepare the data with another tokenizer"
         )
     return train, evaluation
+
+
+def first_sample(training: TrainingConfig, world_size: int, rank: int, step: int, micro_step: int) -> int:
+    """Number of the first sample of a rank's micro-batch: step s covers samples [s G, (s + 1) G), G the global batch."""
+    return step * training.global_batch + (micro_step * world_size + rank) * training.micro_batch

@@ -12,6 +12,7 @@ import deepspeed
 import pydantic
 import torch
 
+from data_pipeline import digest
 from data_pipeline.stream import Batch
 from serpent_scale.checkpoint import store
 from serpent_scale.config import Config, check_same_model
@@ -23,7 +24,7 @@ from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcas
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
-from serpent_scale.training.streams import open_streams
+from serpent_scale.training.streams import first_sample, open_streams
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
@@ -36,15 +37,17 @@ class DeviceBatch:
     tokens: torch.Tensor
     labels: torch.Tensor
     documents: Documents
+    digest: int  # of the samples
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
-        """The copy waits for nothing: a GPU reads pinned memory when it comes to it."""
+        tokens, labels, reset = (send(tensor, device) for tensor in (batch.tokens, batch.labels, batch.reset))
+        return cls(tokens, labels, Documents(reset, batch.lengths), batch.digest)
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        return cls(move(batch.tokens), move(batch.labels), Documents(move(batch.reset), batch.lengths))
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that waits for nothing: a GPU reads pinned memory when it comes to it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Trainer:
@@ -71,6 +74,7 @@ class Trainer:
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
+        self.digest = 0  # of all samples consumed, by all ranks
         self.ahead: tuple[int, DeviceBatch] | None = None  # a batch fetched before its turn, and its first sample
 
     @property
@@ -87,7 +91,7 @@ class Trainer:
         on_rank_zero(lambda: check_same_model(self.config, path / "config.yaml"))
         apply_settings(self.optimizer, self.config)
         self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
-        samples = self.stream.check_state(state["data"])
+        samples, self.digest = self.stream.check_state(state["data"])
         if samples != self.step * self.config.training.global_batch:
             raise UserError(
                 f"{path}: written with another training.global_batch ({samples} samples in {self.step} steps); "
@@ -95,6 +99,8 @@ class Trainer:
             )
         if self.processes.rank == 0:
             print(f"resumed from {path}, step {self.step}", flush=True)
+            if state["data"]["format"] == 1:
+                print(f"note: it has no digest of its samples; data_digest counts those after step {self.step}", flush=True)
 
     def train(self) -> None:
         """Run to the budget, or to training.stop_at_step."""
@@ -131,20 +137,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
+        consumed = 0
         for micro_step in range(self.accumulation):
             fetched = time.perf_counter()
             batch = self._batch(self._first_sample(self.step, micro_step))
             data_seconds += time.perf_counter() - fetched
+            consumed += batch.digest
             loss_sum = self._loss(batch)
             # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
             self.engine.backward(loss_sum / batch.tokens.numel())
             self._fetch_ahead(micro_step)
             self.engine.step()
             totals += self._totals(loss_sum, batch)
-        all_reduce_sum(totals)
-        loss, norm = (totals[0] / totals[1]).item(), float(self.engine.get_global_grad_norm())
+        # The limbs go along as float64, which holds them exactly: one collective, one wait.
+        limbs = torch.tensor(digest.to_limbs(consumed), dtype=torch.float64)
+        totals = torch.cat([totals, send(limbs, self.processes.device)])
+        loss_sum, labels, *limbs = all_reduce_sum(totals).tolist()
+        loss, norm = loss_sum / labels if labels else math.nan, float(self.engine.get_global_grad_norm())
         self._count_bad_steps(loss, norm)
         self.step += 1
+        self.digest = (self.digest + digest.from_limbs(limbs)) % digest.MODULUS
         tokens = training.global_batch * self.config.data.seq_len
         self.tokens += tokens
         seconds = time.perf_counter() - started
@@ -152,6 +164,7 @@ class Trainer:
             "loss": loss, "grad_norm": norm, "lr": rate, "tokens": self.tokens, "tokens_per_second": tokens / seconds,
             "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
             "step_seconds": seconds, "data_seconds": data_seconds,
+            "data_digest": digest.to_hex(self.digest),
         }
 
     @torch.no_grad()
@@ -175,7 +188,8 @@ class Trainer:
 
     def save(self) -> Path:
         state = {
-            "step": self.step, "tokens": self.tokens, "data": self.stream.state(self.step * self.config.training.global_batch),
+            "step": self.step, "tokens": self.tokens,
+            "data": self.stream.state(self.step * self.config.training.global_batch, self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
@@ -204,10 +218,7 @@ class Trainer:
             self.ahead = first, self._batch(first)
 
     def _first_sample(self, step: int, micro_step: int) -> int:
-        """Number of the first sample of this rank's micro-batch: step s covers samples [s G, (s + 1) G)."""
-        training = self.config.training
-        rank_slice = micro_step * self.processes.world_size + self.processes.rank
-        return step * training.global_batch + rank_slice * training.micro_batch
+        return first_sample(self.config.training, self.processes.world_size, self.processes.rank, step, micro_step)
 
     def _count_bad_steps(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
