@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,15 @@ def run(title: str, *command: str, capture: bool = False) -> str:
 
 
 def pretrain(title: str, *arguments: str) -> None:
-    run(title, "deepspeed", "--log_level", "error", "--num_gpus", str(RANKS), "launch/pretrain.py", "--config", CONFIG, *arguments)
+    run(title, "deepspeed", "--log_level", "error", "--num_gpus", str(RANKS), "--master_port", free_port(), "launch/pretrain.py",
+        "--config", CONFIG, *arguments)  # fmt: skip
+
+
+def free_port() -> str:
+    """The launcher's own choice may be taken by another run on this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 @exit_on_user_error

@@ -1,5 +1,6 @@
 """Who am I, under each launcher; and acting together without hanging."""
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,19 @@ def test_rank_variables():
     assert processes.rank_variables(SLURM) == alone, "a batch script without srun is a world of one"
     with pytest.raises(UserError, match="WORLD_SIZE is set but not RANK, LOCAL_RANK"):
         processes.rank_variables({"WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"})
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code = ("from serpent_scale.parallel import processes; from serpent_scale.errors import exit_on_user_error; "
+                "exit_on_user_error(processes.start)()")  # fmt: skip
+        env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+               "DS_ACCELERATOR": "cpu"}  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].startswith(f"error: port {port} is in use"), done.stderr
 
 
 def test_rank_variables_of_slurm(tmp_path, monkeypatch):

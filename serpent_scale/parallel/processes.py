@@ -64,7 +64,15 @@ def start(deterministic: bool = False) -> Processes:
         # No prebuilt or just-in-time ops: with gloo, DeepSpeed would compile one for inference at the first start, which
         # takes a minute and a C++ compiler, and print a line about it.
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} is in use on this host, perhaps by another run; choose one with "
+            "deepspeed --master_port or torchrun --master-port"
+        ) from None
     return Processes(rank, local_rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"))
 
 
