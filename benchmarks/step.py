@@ -24,6 +24,7 @@ from serpent_scale.config import ModelConfig
 from serpent_scale.model.accounting import flops_per_token
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.optimizer import parameter_groups
 
 SIZES = {"130M": (768, 24), "370M": (1024, 48), "1.4B": (2048, 48), "tiny": (64, 2)}  # d_model, layers; tiny tries the script
@@ -48,8 +49,10 @@ def model_config(size: str, pattern: str) -> ModelConfig:
     return ModelConfig(vocab_size=VOCABULARY, d_model=d_model, n_layers=layers, pattern=PATTERNS[pattern])
 
 
-def our_model(config: ModelConfig, rows: int, length: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+def our_model(config: ModelConfig, rows: int, length: int, graphs: bool) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     model = LanguageModel(config)
+    if graphs:
+        model.forward = GraphedForward(model)
     documents = Documents.whole(rows, length, device=DEVICE)
     return model, lambda tokens, labels: model(tokens, documents, labels)[0] / labels.numel()
 
@@ -69,7 +72,7 @@ def measure(name: str, size: str, arguments: argparse.Namespace) -> Measured:
     torch.manual_seed(0)
     config = None if name == PEER else model_config(size, name)
     with torch.device(DEVICE):
-        model, loss_of = peer_model(size) if config is None else our_model(config, arguments.batch, arguments.length)
+        model, loss_of = peer_model(size) if config is None else our_model(config, arguments.batch, arguments.length, DEVICE == "cuda" and not arguments.eager)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-4, betas=(0.9, 0.95), fused=DEVICE == "cuda")
     batches = [torch.randint(VOCABULARY, (arguments.batch, arguments.length + 1), device=DEVICE) for _ in range(4)]
     losses = []
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps measured")
     parser.add_argument("--warmup", type=int, default=8, help="steps before them")
     parser.add_argument("--peer", action="store_true", help=f"measure {PEER}'s reference model too")
+    parser.add_argument("--eager", action="store_true", help="our models without CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="also say where the device's time goes")
     harness.add_report_arguments(parser)
     arguments = parser.parse_args()

@@ -129,6 +129,7 @@ class TrainingConfig:
     zero_stage: int = setting(1, "DeepSpeed ZeRO stage", ge=0, le=3)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", ge=0)
     activation_checkpointing: bool = setting(False, "recompute each block in the backward pass")
+    cuda_graphs: bool = setting(True, "replay a GPU's passes as CUDA graphs; not with ZeRO-3 or activation checkpointing")
     deterministic: bool = setting(False, "torch's operations repeat to the bit, some slower; our kernels always do")
     max_bad_steps: int = setting(5, "stop after this many steps in a row with a non-finite loss or gradient", ge=1)
     peak_tflops: Optional[float] = setting(None, "peak of one device for the utilisation figure; null: by device name", gt=0)

@@ -6,6 +6,7 @@ import torch
 from serpent_scale.config import ModelConfig, SerpentConfig
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.training.graphs import GraphedForward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LENGTHS = (300, 3, 210)
@@ -64,3 +65,30 @@ def test_a_training_pass_never_waits_for_the_device():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+def test_graphs_give_the_losses_and_gradients_of_single_launches_to_the_bit():
+    """Two shapes, each more often than it takes to capture it, in turn; then two batches summed."""
+    losses, gradients = [], []
+    for graphed in (False, True):
+        model = small().cuda()
+        if graphed:
+            model.forward = GraphedForward(model, accumulates=True)
+        for step in range(8):
+            tokens = torch.randint(0, 97, (2, 513), generator=torch.Generator().manual_seed(step)).cuda()
+            lengths = ((300, 3, 210), (513,))[step % 2]
+            reset = torch.zeros_like(tokens, dtype=torch.bool)
+            reset[:, np.cumsum((0,) + lengths[:-1])] = True
+            with torch.autocast("cuda", torch.bfloat16):
+                loss, _ = model(tokens, Documents(reset, (lengths,) * 2), tokens)
+            (loss / tokens.numel()).backward()
+            losses.append(loss.item())
+            gradients.append([p.grad.clone() for p in model.parameters()])
+            if step != 6:
+                model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1.01)  # a graph reads the weights of its replay, not those of its capture
+    assert len(set(losses[:8])) == 8 and losses[:8] == losses[8:]
+    assert all(torch.equal(a, b) for one, other in zip(gradients[:8], gradients[8:]) for a, b in zip(one, other))
+    assert len(model.forward.graphs) == 2 and all(model.forward.graphs.values())

@@ -54,6 +54,8 @@ class Documents:
 
 @lru_cache(maxsize=64)
 def _capacity(lengths: tuple[tuple[int, ...], ...], rate: int, band: int, ticks: int) -> int:
-    """Remembered, as every layer asks. Large ones in multiples of 16: rows begin aligned, and few shapes differ."""
+    """Remembered, as every layer asks. Large ones in multiples of 16 or more, so that rows begin aligned and few shapes
+    differ: of the largest power of two up to 1/32 of them."""
     slots = max(sum(min(w, (rate * w + 2 * band) // ticks + 1) for w in row) for row in lengths)
-    return slots if slots <= 64 else -(-slots // 16) * 16
+    unit = 1 if slots <= 64 else max(16, 1 << (slots.bit_length() - 6))
+    return -(-slots // unit) * unit

@@ -10,6 +10,7 @@ from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, lin
 from serpent_scale.kernels.rms_norm import rms_norm
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mixers import build_mixer
+from serpent_scale.model.serpent import Branch
 
 
 def layer_names(config: ModelConfig) -> list[str]:
@@ -82,6 +83,11 @@ class LanguageModel(nn.Module):
             if isinstance(block.mixer.out_proj, nn.Linear):
                 block.mixer.out_proj.weight.data.div_(config.n_layers**0.5)
         self.readout = Readout(self.embedding.weight, config)
+
+    def slots(self, documents: Documents) -> tuple[int, ...]:
+        """What the shapes inside depend on besides that of the tokens: the slots of each kind of compressed branch."""
+        branches = {m.sampling: m for m in self.modules() if isinstance(m, Branch)}
+        return tuple(branch.slots(documents) for branch in branches.values())
 
     def forward(
         self, tokens: Tensor, documents: Documents | None = None, labels: Tensor | None = None,

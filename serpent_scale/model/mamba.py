@@ -23,10 +23,10 @@ class MambaState(NamedTuple):
 
 
 def dt_rank(d_inner: int) -> int:
-    """Rank of the step projection: d_model / 16 at the usual expansion of 2; a multiple of 8, as matrix units want it, where
-    that makes little difference."""
+    """Rank of the step projection: d_model / 16 at the usual expansion of 2; from 16 on a multiple of 16, so that rows of
+    x_proj's output, dt, B and C side by side, are aligned for wide loads."""
     rank = math.ceil(d_inner / 32)
-    return rank if rank < 16 else 8 * math.ceil(rank / 8)
+    return rank if rank < 16 else 16 * math.ceil(rank / 16)
 
 
 class Mamba(Mixer):

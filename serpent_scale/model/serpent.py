@@ -95,7 +95,7 @@ def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], setti
     """(inner widths, output widths) per branch; by default the layer has as many parameters as a plain one of its
     inner mixer, as nearly as that mixer's unit of width allows."""
     n = len(config.rates)
-    unit = 8 if d_model >= 512 else 1  # matrix units want multiples of 8; small models need the finer choice
+    unit = 16 if d_model >= 512 else 1  # wide loads want multiples of 16; small models need the finer choice
     outs = _split(d_model, n, unit)
     if config.d_inner is not None:
         return _split(config.d_inner, n, mixer.width_unit(settings)), outs

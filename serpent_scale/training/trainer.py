@@ -22,6 +22,7 @@ from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_rank_zero
 from serpent_scale.training.deepspeed_config import deepspeed_config
+from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
 from serpent_scale.training.streams import first_sample, open_streams
@@ -71,6 +72,9 @@ class Trainer:
             key = ".".join(map(str, first["loc"]))
             reason = f"'{key}' is refused by {error.title} ({first['msg']})"
             raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
+        training = config.training
+        if training.cuda_graphs and device.type == "cuda" and training.zero_stage < 3 and not training.activation_checkpointing:
+            model.forward = GraphedForward(model, accumulates=self.accumulation > 1)
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
