@@ -124,9 +124,10 @@ def test_counts_equal_the_built_model_and_torch(pattern):
     tokens = torch.zeros(1, 1024, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens)
-    expected = flops_per_token(model.config).matmul * 1024
+    expected = flops_per_token(model.config, 1024).matmul * 1024
     # torch counts every slot of the static capacity, the formula the elements emitted at the target rates
-    assert counter.get_total_flops() == expected if pattern == ("mamba",) else 0 <= counter.get_total_flops() / expected - 1 < 0.02
+    excess = counter.get_total_flops() / expected - 1
+    assert excess == 0 if pattern == ("mamba",) else 0 <= excess < 0.02
 
 
 def test_shipped_sizes_are_what_their_names_say_and_both_patterns_are_equal():

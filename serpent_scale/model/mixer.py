@@ -40,8 +40,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def flops(d_in: int, d_inner: int, d_out: int, config: Any) -> tuple[int, int]:
-        """Forward FLOPs per token: (matrix products, the rest)."""
+    def flops(d_in: int, d_inner: int, d_out: int, config: Any, length: int) -> tuple[float, float]:
+        """Forward FLOPs per token, in rows of `length` tokens: (matrix products, the rest)."""
         raise NotImplementedError
 
     @staticmethod

@@ -38,12 +38,12 @@ def parameter_count(name: str, config: ModelConfig) -> int:
     return mixer.parameter_count(*widths, settings)
 
 
-def flops(name: str, config: ModelConfig) -> tuple[float, float]:
-    """Forward FLOPs per token: (matrix products, the rest)."""
+def flops(name: str, config: ModelConfig, length: int) -> tuple[float, float]:
+    """Forward FLOPs per token, in rows of `length` tokens: (matrix products, the rest)."""
     if name == "serpent":
-        return serpent.flops(config.d_model, config.serpent, *_mixer(config.serpent.inner, config))
+        return serpent.flops(config.d_model, config.serpent, *_mixer(config.serpent.inner, config), length)
     mixer, widths, settings = _plain(name, config)
-    return mixer.flops(*widths, settings)
+    return mixer.flops(*widths, settings, length)
 
 
 def kept_bytes(name: str, config: ModelConfig, itemsize: int, length: int) -> float:

@@ -59,7 +59,9 @@ class Branch(nn.Module):
             u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
             window,
         )
-        elements = Documents(clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live)
+        elements = Documents(
+            clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
+        )
         y, inner = self.inner(x, elements, inner)
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
         return z, BranchState(window, inner, outputs)
@@ -137,11 +139,11 @@ def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings
     return total
 
 
-def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[float, float]:
-    """Forward FLOPs per token at the target rates: (matrix products, the rest)."""
+def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, length: int) -> tuple[float, float]:
+    """Forward FLOPs per token at the target rates, in rows of `length` tokens: (matrix products, the rest)."""
     matmul, rest = (0.0 if list(config.rates) == [1.0] else 2.0 * d_model * d_model), 0.0
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-        m, r = mixer.flops(d_model, inner, out, settings)
+        m, r = mixer.flops(d_model, inner, out, settings, max(1, round(rate * length)))
         matmul, rest = matmul + rate * m, rest + rate * r
         if rate != 1:
             taps, bases = math.ceil(config.horizon * config.spread / rate) + 1, config.n_bases

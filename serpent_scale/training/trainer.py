@@ -71,7 +71,7 @@ class Trainer:
             key = ".".join(map(str, first["loc"]))
             reason = f"'{key}' is refused by {error.title} ({first['msg']})"
             raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
-        self.flops = flops_per_token(config.model).training
+        self.flops = flops_per_token(config.model, config.data.seq_len).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
         self.digest = 0  # of all samples consumed, by all ranks
