@@ -11,13 +11,19 @@ from torch import nn
 
 from serpent_scale.config import ModelConfig
 from serpent_scale.model import serpent
+from serpent_scale.model.attention import Attention
 from serpent_scale.model.mamba import Mamba
 from serpent_scale.model.mamba2 import Mamba2
 from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.s4d import S4D
+from serpent_scale.model.s5 import S5
 
 MIXERS: dict[str, type[Mixer]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4d": S4D,
+    "s5": S5,
+    "attention": Attention,
 }
 
 
