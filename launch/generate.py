@@ -7,7 +7,7 @@ import math
 import torch
 
 from serpent_scale.errors import UserError, exit_on_user_error
-from serpent_scale.evaluation.generation import generate
+from serpent_scale.evaluation.generation import check_prompts, generate
 from serpent_scale.evaluation.loading import load_checkpoint, pick_device
 
 
@@ -34,11 +34,12 @@ def main() -> None:
         raise UserError("--max-new-tokens must be >= 1 and --seed >= 0 and below 2^63")
     device = pick_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device)
-    prompt = [loaded.end_of_text] + loaded.tokenizer.encode(args.prompt).ids
+    prompt = torch.tensor([loaded.end_of_text] + loaded.tokenizer.encode(args.prompt).ids, device=device)
+    check_prompts([prompt], loaded.config.model.vocab_size)
     draw = torch.Generator(device).manual_seed(args.seed)
     new, shown = [], ""
     print(args.prompt, end="", flush=True)
-    for token in generate(loaded.model, torch.tensor([prompt], device=device), args.max_new_tokens, args.temperature, args.top_k,
+    for token in generate(loaded.model, prompt[None], args.max_new_tokens, args.temperature, args.top_k,
                           args.top_p, loaded.end_of_text, draw):
         new.append(int(token))
         text = loaded.tokenizer.decode(new)

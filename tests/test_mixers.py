@@ -16,6 +16,7 @@ from serpent_scale.config import (
     AttentionConfig, Config, DataConfig, Mamba2Config, MambaConfig, ModelConfig, S4DConfig, S5Config, SerpentConfig,
     TrainingConfig, load_config,
 )
+from serpent_scale.evaluation.generation import generate, read_prompts
 from serpent_scale.kernels.causal_conv1d.reference import causal_conv1d as reference_conv
 from serpent_scale.kernels.rms_norm.reference import rms_norm as reference_norm
 from serpent_scale.kernels.ssd.reference import ssd as reference_scan
@@ -29,6 +30,7 @@ from serpent_scale.model.mamba2 import Mamba2
 from serpent_scale.model.mixer import Mixer
 from serpent_scale.model.s4d import S4D
 from serpent_scale.model.s5 import S5
+from serpent_scale.model.states import take_rows
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = (70, 3, 50)
@@ -102,6 +104,35 @@ def test_a_row_in_pieces_or_token_by_token_equals_the_batch_form(pattern, inner,
                 pieces.append(logits)
                 assert inner == "attention" or sizes(states) == sizes(after)  # the state does not grow
         torch.testing.assert_close(torch.cat(pieces, 1), want, rtol=1e-8, atol=1e-9)
+
+
+@alone_and_inside
+def test_a_batch_of_unequal_prompts_goes_on_as_each_prompt_alone(pattern, inner):
+    model = small(pattern, inner, torch.float64)
+    prompts = [torch.randint(0, 97, (n,)) for n in (9, 1, 23, 9, 40)]
+    together = torch.stack(list(generate(model, prompts, 30, temperature=0)), 1)
+    for prompt, got in zip(prompts, together):
+        assert torch.equal(got, torch.stack(list(generate(model, prompt[None], 30, temperature=0)), 1)[0])
+    logits, states = read_prompts(model, prompts)
+    with torch.no_grad():
+        for row, prompt in enumerate(prompts):
+            want, state = model(prompt[None], last_only=True)
+            torch.testing.assert_close(logits[row], want[0], rtol=1e-9, atol=1e-10)
+            after, want = (model(torch.tensor([[5]]), states=s)[0] for s in (take_rows(states, slice(row, row + 1)), state))
+            torch.testing.assert_close(after, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("inner", configuration.MIXERS)
+def test_a_compressed_branch_steps_only_the_rows_that_emit(inner):
+    branch = small(("serpent",), inner, torch.float64).blocks[0].mixer.branches[2]
+    stepped, documents = [], Documents.whole(3, 1)
+    branch.inner.register_forward_pre_hook(lambda _, inputs: stepped.append(len(inputs[0])))
+    with torch.no_grad():
+        _, state = branch(torch.randn(3, 10, 32, dtype=torch.float64), Documents.whole(3, 10))
+        stepped.clear()
+        for _ in range(40):
+            _, state = branch(torch.randn(3, 1, 32, dtype=torch.float64), documents, state)
+    assert 0 < sum(stepped) < 0.5 * 40 * 3 and min(stepped) < 3 and len(stepped) < 40
 
 
 @pytest.mark.parametrize("name", configuration.MIXERS)

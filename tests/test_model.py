@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from serpent_scale.config import Config, DataConfig, ModelConfig, SerpentConfig, TrainingConfig, load_config
+from serpent_scale.errors import UserError
 from serpent_scale.evaluation.generation import generate, sample
 from serpent_scale.evaluation.perplexity import TokenText, score, unigram_perplexity
 from serpent_scale.model.accounting import flops_per_token, memory_per_rank, parameter_counts
@@ -98,6 +99,15 @@ def test_generation_stops_when_every_row_ended():
     ended = torch.stack(tokens, 1) == 5
     assert len(tokens) == 500 or ended[:, -1].all()
     assert (ended.cummax(1).values == ended).all()  # once ended, a row goes on yielding the mark
+
+
+@pytest.mark.parametrize("prompts, words", [
+    ([[1, 2], [3, 97]], ["prompt 1", "token 97", "0 to 96"]), ([[1], []], ["prompt 1 is empty"]), ([[-1]], ["token -1"]),
+])
+def test_a_prompt_that_the_model_cannot_read_is_refused(prompts, words):
+    with pytest.raises(UserError) as refusal:
+        next(generate(small(), [torch.tensor(p, dtype=torch.int64) for p in prompts], 1))
+    assert all(word in str(refusal.value) for word in words)
 
 
 def test_activation_checkpointing_changes_nothing():

@@ -144,8 +144,12 @@ def hand_on(k: Tensor, v: Tensor, documents: Documents, state: AttentionState | 
     new = torch.where(goes_on, n_live, since + 1)  # its tokens in this piece, the last of those in use
     count = count * goes_on
     total = count + new
-    # In training the host does not wait for the device: places for all there could be.
-    places = k.shape[1] if torch.is_grad_enabled() else int(total.max())
+    places = k.shape[1]
+    if not torch.is_grad_enabled():  # in training the host does not wait for the device: places for all there could be
+        fewest, most = (int(n) for n in total.aminmax())
+        if fewest == places:
+            return AttentionState(k, v, total)
+        places = most
     place = torch.arange(places, device=device)
     source = torch.where(place < count[:, None], place, cached + (n_live - new)[:, None] + place - count[:, None])
     source = source.clamp(max=k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:])

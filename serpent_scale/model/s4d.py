@@ -156,9 +156,6 @@ def convolve(
     else:
         begin = begins.gather(1, last_chunk[:, None, None].expand(-1, 1, d * pairs))[:, 0].unflatten(1, (d, pairs))
         after = torch.exp(log_decay * (offset + 1)[:, None, None]) * begin + local[batch * count :]
-        if documents.n_live is not None:
-            unchanged = torch.zeros_like(after) if state is None else state
-            after = torch.where((documents.n_live == 0)[:, None, None], unchanged, after)
 
     if by_fft:
         within = _fft_convolution(u, log_decay, read, powers[..., :size], count)
