@@ -153,6 +153,19 @@ def test_slots_that_are_not_live_change_nothing(name, slots, used):
 
 
 @alone_and_inside
+def test_parameters_may_lie_anywhere_in_one_buffer(pattern, inner):
+    """As ZeRO lays them."""
+    model = small(pattern, inner)
+    tokens, documents = row()
+    want, _ = model(tokens, documents)
+    flat, at = torch.empty(1 + sum(p.numel() + 1 for p in model.parameters())), 1
+    for parameter in model.parameters():
+        parameter.data = flat[at : at + parameter.numel()].view_as(parameter).copy_(parameter.data)
+        at += parameter.numel() + 1 - parameter.numel() % 2  # always odd
+    torch.testing.assert_close(model(tokens, documents)[0], want)
+
+
+@alone_and_inside
 def test_counts_equal_the_built_model_and_torch(pattern, inner):
     model = small(pattern, inner)
     assert sum(parameter_counts(model.config).values()) == sum(p.numel() for p in model.parameters())

@@ -65,7 +65,8 @@ class S4D(Mixer):
         """(dt A, what reads y from the sum of decayed inputs), both (D, N/2) complex."""
         A = torch.complex(-torch.exp(self.A_log), self.A_imag).to(torch.promote_types(compute, torch.complex64))
         log_decay = A * torch.exp(self.dt_log).to(compute)[:, None]
-        return log_decay, 2 * torch.view_as_complex(self.C.to(compute)) * torch.expm1(log_decay) / A
+        C = torch.complex(*self.C.to(compute).unbind(-1))  # a view as complex would need an even offset in ZeRO's flat buffers
+        return log_decay, 2 * C * torch.expm1(log_decay) / A
 
     @staticmethod
     def parameter_count(d_in: int, d_inner: int, d_out: int, config: S4DConfig) -> int:
