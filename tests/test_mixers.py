@@ -35,13 +35,14 @@ from serpent_scale.model.states import take_rows
 ROOT = Path(__file__).parents[1]
 LENGTHS = (70, 3, 50)
 CASES = [(pattern, inner) for inner in configuration.MIXERS for pattern in ((inner,), ("serpent",))]
-alone_and_inside = pytest.mark.parametrize("pattern, inner", CASES, ids=[f"{p[0]}({i})" for p, i in CASES])
+CASES += [(("mamba", "attention", "serpent"), "s5")]
+alone_and_inside = pytest.mark.parametrize("pattern, inner", CASES, ids=[f"{'-'.join(p)}({i})" for p, i in CASES])
 
 
 def small(pattern, inner, dtype=torch.float32):
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig(
-        vocab_size=97, d_model=32, n_layers=2, pattern=list(pattern), serpent=SerpentConfig(band=2.0, inner=inner),
+        vocab_size=97, d_model=32, n_layers=max(2, len(pattern)), pattern=list(pattern), serpent=SerpentConfig(band=2.0, inner=inner),
         mamba=MambaConfig(d_state=8), mamba2=Mamba2Config(d_state=8, head_dim=4, n_groups=2), s4d=S4DConfig(d_state=8),
         s5=S5Config(d_state=16, n_blocks=2), attention=AttentionConfig(head_dim=4),
     ))
@@ -102,7 +103,7 @@ def test_a_row_in_pieces_or_token_by_token_equals_the_batch_form(pattern, inner,
                 piece = Documents(documents.reset[:, low:high], (tuple(np.diff(starts).tolist()),))
                 logits, states = model(tokens[:, low:high], piece, states=states)
                 pieces.append(logits)
-                assert inner == "attention" or sizes(states) == sizes(after)  # the state does not grow
+                assert "attention" in (inner, *pattern) or sizes(states) == sizes(after)  # the state does not grow
         torch.testing.assert_close(torch.cat(pieces, 1), want, rtol=1e-8, atol=1e-9)
 
 

@@ -46,7 +46,7 @@ class Documents:
 
     def to(self, device) -> Documents:
         live = None if self.live is None else self.live.to(device, non_blocking=True)
-        return Documents(self.reset.to(device, non_blocking=True), self.lengths, live)
+        return Documents(self.reset.to(device, non_blocking=True), self.lengths, live, pieces=self.pieces)
 
     def most_pieces(self) -> int:
         """`pieces`; the device is asked where they are not known."""
