@@ -144,7 +144,7 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = setting(0.95, "decay of the second moment", ge=0, lt=1)
     eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
-    weight_decay: float = setting(0.1, "on matrices; never on A_log, D, dt_bias, norms and SeRpEnt's clock and bases", ge=0)
+    weight_decay: float = setting(0.1, "on matrices; never on A, D and dt of mixers, norms and SeRpEnt's clock and bases", ge=0)
 
 
 @dataclass

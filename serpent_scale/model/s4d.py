@@ -168,7 +168,8 @@ def convolve(
     states = _parts(begins.unflatten(-1, (d, pairs)).flatten(0, 1).permute(1, 2, 0))  # (D, N, B K)
     y = read_out.transpose(1, 2) @ states  # (D, T, B K)
     if not by_fft:
-        y = y + _toeplitz((read[..., None] * powers[..., :size]).real.sum(1)) @ columns
+        kernel = torch.cat([read.real[..., None], read_out[:, :pairs, :-1]], 2).sum(1)  # Re(read exp(t log_decay)), summed
+        y = y + _toeplitz(kernel) @ columns
     y = y.unflatten(2, (batch, count)).permute(2, 3, 1, 0).flatten(1, 2)  # (B, K T, D)
     if by_fft:
         return within + y[:, :length], after
