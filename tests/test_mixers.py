@@ -110,7 +110,7 @@ def test_a_row_in_pieces_or_token_by_token_equals_the_batch_form(pattern, inner,
 @alone_and_inside
 def test_a_batch_of_unequal_prompts_goes_on_as_each_prompt_alone(pattern, inner):
     model = small(pattern, inner, torch.float64)
-    prompts = [torch.randint(0, 97, (n,)) for n in (9, 1, 23, 9, 40)]
+    prompts = [torch.randint(0, 97, (n,)) for n in (9, 23, 1, 9, 40)]
     together = torch.stack(list(generate(model, prompts, 30, temperature=0)), 1)
     for prompt, got in zip(prompts, together):
         assert torch.equal(got, torch.stack(list(generate(model, prompt[None], 30, temperature=0)), 1)[0])
