@@ -99,7 +99,7 @@ def measure(name: str, size: str, arguments: argparse.Namespace) -> Measured:
     profile = profile_tables(step, spread.median) if arguments.profile else ""
     return Measured(
         name, sum(p.numel() for p in model.parameters()), spread, gib, (losses[0].item(), losses[-1].item()),
-        flops_per_token(config).training if config else None, profile,
+        flops_per_token(config, arguments.length).training if config else None, profile,
     )
 
 

@@ -5,6 +5,7 @@ import argparse
 import math
 
 import torch
+from tokenizers.decoders import DecodeStream
 
 from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation.generation import generate
@@ -34,17 +35,20 @@ def main() -> None:
         raise UserError("--max-new-tokens must be >= 1 and --seed >= 0 and below 2^63")
     device = pick_device(args.device)
     loaded = load_checkpoint(args.checkpoint, device)
-    prompt = [loaded.end_of_text] + loaded.tokenizer.encode(args.prompt).ids
+    encoded, size = loaded.tokenizer.encode(args.prompt), loaded.config.model.vocab_size
+    for token, text in zip(encoded.ids, encoded.tokens):
+        if token >= size:
+            raise UserError(f"--prompt: '{text}' is token {token}, which the model does not have (model.vocab_size={size}); "
+                            "leave it out")
+    prompt = torch.tensor([[loaded.end_of_text] + encoded.ids], device=device)
     draw = torch.Generator(device).manual_seed(args.seed)
-    new, shown = [], ""
+    text = DecodeStream(skip_special_tokens=True)  # waits for the rest of a character
     print(args.prompt, end="", flush=True)
-    for token in generate(loaded.model, torch.tensor([prompt], device=device), args.max_new_tokens, args.temperature, args.top_k,
+    for token in generate(loaded.model, prompt, args.max_new_tokens, args.temperature, args.top_k,
                           args.top_p, loaded.end_of_text, draw):
-        new.append(int(token))
-        text = loaded.tokenizer.decode(new)
-        if not text.endswith("\ufffd"):  # a character still missing some of its bytes
-            print(text[len(shown):], end="", flush=True)
-            shown = text
+        piece = text.step(loaded.tokenizer, int(token))
+        if piece:
+            print(piece, end="", flush=True)
     print()
 
 

@@ -56,7 +56,7 @@ def print_plan(config, world_size: int) -> None:
     deepspeed_config(config, world_size)  # refuses what it would refuse at the start
     streams = open_streams(config) if Path(config.data.path).exists() else None
     print(config.to_yaml())
-    counts, flops = parameter_counts(config.model), flops_per_token(config.model)
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model, config.data.seq_len)
     for part, n in counts.items():
         print(f"{part:<24}{n:>16,} parameters")
     print(f"{'total':<24}{sum(counts.values()):>16,} parameters")

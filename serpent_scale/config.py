@@ -19,7 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from serpent_scale.errors import UserError
 
-MIXERS = ("mamba", "mamba2")  # each has a section of `ModelConfig` and a class in serpent_scale/model/mixers.py
+# Each has a section of `ModelConfig` and a class in serpent_scale/model/mixers.py.
+MIXERS = ("mamba", "mamba2", "s4d", "s5", "attention")
 
 
 def setting(default: Any, doc: str, *, ge=None, gt=None, le=None, lt=None, choices=None):
@@ -69,6 +70,41 @@ class Mamba2Config:
 
 
 @dataclass
+class S4DConfig:
+    """S4D (Gu et al., arXiv 2206.11893): a diagonal state-space model per channel, the same at every token."""
+
+    expand: float = setting(2.0, "d_inner = expand * d_model", gt=0)
+    d_state: int = setting(64, "state size N per channel, kept as N/2 complex numbers; even", ge=2)
+    init: str = setting("lin", "initial frequencies: lin, pi n; inv, N/pi (N/(2n+1) - 1)", choices=("lin", "inv"))
+    dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
+    dt_max: float = setting(0.1, "largest initial step dt", gt=0)
+    convolution: str = setting(
+        "chunks", "chunks: causal to the bit; fft: rows of one document by FFT, causal to rounding", choices=("chunks", "fft")
+    )
+
+
+@dataclass
+class S5Config:
+    """S5 (Smith et al., arXiv 2208.04933): one diagonal state-space model with many inputs and outputs."""
+
+    expand: float = setting(2.0, "d_inner = expand * d_model", gt=0)
+    d_state: int = setting(128, "state size N of the layer, kept as N/2 complex numbers; a multiple of 2 n_blocks", ge=2)
+    n_blocks: int = setting(8, "the state starts as this many HiPPO systems side by side", ge=1)
+    dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
+    dt_max: float = setting(0.1, "largest initial step dt", gt=0)
+
+
+@dataclass
+class AttentionConfig:
+    """Causal softmax attention within documents; its state is a cache that grows with the document."""
+
+    expand: float = setting(1.0, "d_inner = expand * d_model, the width of all query heads", gt=0)
+    head_dim: int = setting(64, "channels of a head; even", ge=2)
+    queries_per_key: int = setting(2, "query heads that share a key and a value; d_inner: a multiple of head_dim times it", ge=1)
+    rope_theta: float = setting(10000.0, "base of the rotary positions, which count from the document's start", gt=1)
+
+
+@dataclass
 class SerpentConfig:
     """SeRpEnt (Rando et al., arXiv 2501.11729): selective resampling around a mixer."""
 
@@ -94,6 +130,9 @@ class ModelConfig:
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm", gt=0)
     mamba: MambaConfig = field(default_factory=MambaConfig)
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
+    s4d: S4DConfig = field(default_factory=S4DConfig)
+    s5: S5Config = field(default_factory=S5Config)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     serpent: SerpentConfig = field(default_factory=SerpentConfig)
 
 
@@ -105,7 +144,7 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = setting(0.95, "decay of the second moment", ge=0, lt=1)
     eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
-    weight_decay: float = setting(0.1, "on matrices; never on A_log, D, dt_bias, norms and SeRpEnt's clock and bases", ge=0)
+    weight_decay: float = setting(0.1, "on matrices; never on A, D and dt of mixers, norms and SeRpEnt's clock and bases", ge=0)
 
 
 @dataclass
@@ -373,9 +412,16 @@ def _check_combinations(config: Config) -> None:
         if int(mixer.expand * model.d_model) < 1:
             raise UserError(f"{path}.expand={mixer.expand} x model.d_model={model.d_model} leaves no inner channel; "
                             f"raise {path}.expand to >= {1 / model.d_model:.4g}")
-        if mixer.dt_min > mixer.dt_max:
+        if hasattr(mixer, "dt_min") and mixer.dt_min > mixer.dt_max:
             raise UserError(f"{path}.dt_min={mixer.dt_min} is above {path}.dt_max={mixer.dt_max}")
-    _check_heads(model)
+    for key, value in (("s4d.d_state", model.s4d.d_state), ("attention.head_dim", model.attention.head_dim)):
+        if value % 2:
+            raise UserError(f"model.{key}={value} is odd; it must be even, {value - 1} or {value + 1}")
+    if model.s5.d_state % (2 * model.s5.n_blocks):
+        raise UserError(f"model.s5.d_state={model.s5.d_state} is not a multiple of 2 x model.s5.n_blocks = "
+                        f"{2 * model.s5.n_blocks}; change one of them")
+    _check_heads(model, "mamba2", "n_groups")
+    _check_heads(model, "attention", "queries_per_key")
     if training.max_steps is None and training.max_tokens is None:
         raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
     if schedule.kind == "wsd" and not schedule.decay_steps:
@@ -395,13 +441,14 @@ def _check_combinations(config: Config) -> None:
         raise UserError(f"run.name='{config.run.name}' must be letters, digits, '.', '_' and '-': it names a folder")
 
 
-def _check_heads(model: ModelConfig) -> None:
-    """Mamba-2's widths, where it is in use, are whole heads in every group."""
-    unit, width = model.mamba2.head_dim * model.mamba2.n_groups, int(model.mamba2.expand * model.d_model)
-    inside = "serpent" in model.pattern and model.serpent.inner == "mamba2"
-    heads = f"model.mamba2.head_dim x model.mamba2.n_groups = {unit}"
-    if ("mamba2" in model.pattern or inside) and width % unit:
-        raise UserError(f"model.mamba2.expand x model.d_model = {width} is not a multiple of {heads}; change one of them")
+def _check_heads(model: ModelConfig, name: str, per_head: str) -> None:
+    """The widths of a mixer of heads, where it is in use, are multiples of head_dim times `per_head`."""
+    mixer, path = getattr(model, name), f"model.{name}"
+    unit, width = mixer.head_dim * getattr(mixer, per_head), int(mixer.expand * model.d_model)
+    inside = "serpent" in model.pattern and model.serpent.inner == name
+    heads = f"{path}.head_dim x {path}.{per_head} = {unit}"
+    if (name in model.pattern or inside) and width % unit:
+        raise UserError(f"{path}.expand x model.d_model = {width} is not a multiple of {heads}; change one of them")
     if not inside:
         return
     branches, d_inner = len(model.serpent.rates), model.serpent.d_inner

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from serpent_scale.config import ModelConfig, SerpentConfig
+from serpent_scale.config import MIXERS, AttentionConfig, Mamba2Config, ModelConfig, SerpentConfig
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.training.graphs import GraphedForward
@@ -12,9 +12,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LENGTHS = (300, 3, 210)
 
 
-def small():
+INNER = pytest.mark.parametrize("inner", MIXERS)
+
+
+def small(inner):
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(vocab_size=97, d_model=64, n_layers=4, serpent=SerpentConfig(band=2.0)))
+    model = LanguageModel(ModelConfig(
+        vocab_size=97, d_model=64, n_layers=4, pattern=[inner, "serpent"], serpent=SerpentConfig(band=2.0, inner=inner),
+        mamba2=Mamba2Config(d_state=16, head_dim=16), attention=AttentionConfig(head_dim=8),
+    ))
     for name, parameter in model.named_parameters():
         if "clock_weight" in name or "readout_basis" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -28,10 +34,11 @@ def batch(device="cpu"):
     return tokens.to(device), Documents(reset, (LENGTHS,) * 2).to(device)
 
 
-def test_loss_and_gradients_equal_the_cpu_in_float64():
+@INNER
+def test_loss_and_gradients_equal_the_cpu_in_float64(inner):
     results = []
     for device in ("cpu", "cuda"):
-        model = small().double().to(device)
+        model = small(inner).double().to(device)
         tokens, documents = batch(device)
         loss, _ = model(tokens, documents, tokens)
         loss.backward()
@@ -40,9 +47,10 @@ def test_loss_and_gradients_equal_the_cpu_in_float64():
         torch.testing.assert_close(cuda, cpu, rtol=1e-8, atol=1e-9)
 
 
+@INNER
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_logits_before_a_changed_token_do_not_move_by_a_bit(precision):
-    model = small().cuda()
+def test_logits_before_a_changed_token_do_not_move_by_a_bit(precision, inner):
+    model = small(inner).cuda()
     tokens, documents = batch("cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
         logits, _ = model(tokens, documents)
@@ -52,8 +60,9 @@ def test_logits_before_a_changed_token_do_not_move_by_a_bit(precision):
             assert torch.equal(model(changed, documents)[0][:, :t], logits[:, :t])
 
 
-def test_a_training_pass_never_waits_for_the_device():
-    model = small().cuda()
+@INNER
+def test_a_training_pass_never_waits_for_the_device(inner):
+    model = small(inner).cuda()
     tokens, documents = batch("cuda")
     for checked in (False, True):  # the first pass may initialise libraries
         torch.cuda.synchronize()

@@ -36,11 +36,12 @@ class Flops:
         return 3 * (self.matmul + self.other)
 
 
-def flops_per_token(config: ModelConfig) -> Flops:
-    """SeRpEnt branches counted at their target rates. Norms and activations are left out."""
+def flops_per_token(config: ModelConfig, length: int) -> Flops:
+    """In rows of `length` tokens, each one document: attention costs by it. SeRpEnt branches counted at their target rates. Norms
+    and activations are left out."""
     matmul, other = 2.0 * config.d_model * padded_vocab(config.vocab_size), 0.0
     for name in layer_names(config):
-        m, o = mixers.flops(name, config)
+        m, o = mixers.flops(name, config, length)
         matmul, other = matmul + m, other + o
     return Flops(matmul, other)
 

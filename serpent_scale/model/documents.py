@@ -20,6 +20,7 @@ class Documents:
     live (B, L) bool: True at slots in use, which come first in each row; None if all are.
     since_reset (B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch.
     n_live (B,) int64: slots in use per row, None if all are. These two follow from the others, for whom does not know them yet.
+    pieces: at most so many pieces of documents in a row, on the host; None: not known there, `lengths` not being given.
     """
 
     reset: Tensor
@@ -27,8 +28,11 @@ class Documents:
     live: Tensor | None = None
     since_reset: Tensor | None = None
     n_live: Tensor | None = None
+    pieces: int | None = None
 
     def __post_init__(self):
+        if self.pieces is None and self.lengths:
+            object.__setattr__(self, "pieces", max(map(len, self.lengths)))
         if self.since_reset is None:
             at = torch.arange(self.reset.shape[1], device=self.reset.device).expand_as(self.reset)
             object.__setattr__(self, "since_reset", at - torch.where(self.reset, at, -FAR).cummax(1).values)
@@ -42,7 +46,11 @@ class Documents:
 
     def to(self, device) -> Documents:
         live = None if self.live is None else self.live.to(device, non_blocking=True)
-        return Documents(self.reset.to(device, non_blocking=True), self.lengths, live)
+        return Documents(self.reset.to(device, non_blocking=True), self.lengths, live, pieces=self.pieces)
+
+    def most_pieces(self) -> int:
+        """`pieces`; the device is asked where they are not known."""
+        return 1 + int(self.reset[:, 1:].sum(1).max()) if self.pieces is None else self.pieces
 
     def capacity(self, rate: int, band: int, ticks: int) -> int:
         """Slots enough for the elements any row can emit with a clock of `rate` ticks a token that keeps within `band` ticks.

@@ -93,7 +93,7 @@ class Mamba(Mixer):
         return itemsize * (3 * d_inner + dt_rank(d_inner) + 2 * config.d_state) + 4 * d_inner * config.d_state / TOKENS_A_STATE
 
     @staticmethod
-    def flops(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> tuple[int, int]:
+    def flops(d_in: int, d_inner: int, d_out: int, config: MambaConfig, length: int) -> tuple[int, int]:
         n, r = config.d_state, dt_rank(d_inner)
         matmul = 2 * d_inner * (2 * d_in + r + 2 * n + r + d_out) + 2 * d_inner * n  # the last: y = C h
         # conv: multiply and add per tap; scan per state: dt A, exp, decay h, + input, (dt x) B

@@ -88,7 +88,7 @@ class Mamba2(Mixer):
         return d_in * (d_inner + d_conv_in + heads) + d_conv_in * (config.d_conv + 1) + 3 * heads + d_inner + d_inner * d_out
 
     @staticmethod
-    def flops(d_in: int, d_inner: int, d_out: int, config: Mamba2Config) -> tuple[int, int]:
+    def flops(d_in: int, d_inner: int, d_out: int, config: Mamba2Config, length: int) -> tuple[int, int]:
         heads, d_bc = d_inner // config.head_dim, config.n_groups * config.d_state
         d_conv_in = d_inner + 2 * d_bc
         matmul = 2 * d_in * (d_inner + d_conv_in + heads) + 2 * d_inner * d_out

@@ -9,7 +9,8 @@ from serpent_scale.model.documents import Documents
 
 
 class Mixer(nn.Module):
-    """Mixes tokens causally and with a state of constant size: (B, L, d_in) -> (B, L, d_out), by d_inner inner channels.
+    """Mixes tokens causally and with a state of constant size (attention: a cache of the document): (B, L, d_in) ->
+    (B, L, d_out), by d_inner inner channels.
 
     config is the mixer's own section of the model's configuration; it has `expand`.
     """
@@ -40,8 +41,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def flops(d_in: int, d_inner: int, d_out: int, config: Any) -> tuple[int, int]:
-        """Forward FLOPs per token: (matrix products, the rest)."""
+    def flops(d_in: int, d_inner: int, d_out: int, config: Any, length: int) -> tuple[float, float]:
+        """Forward FLOPs per token, in rows of `length` tokens: (matrix products, the rest)."""
         raise NotImplementedError
 
     @staticmethod

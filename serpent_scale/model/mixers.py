@@ -11,13 +11,19 @@ from torch import nn
 
 from serpent_scale.config import ModelConfig
 from serpent_scale.model import serpent
+from serpent_scale.model.attention import Attention
 from serpent_scale.model.mamba import Mamba
 from serpent_scale.model.mamba2 import Mamba2
 from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.s4d import S4D
+from serpent_scale.model.s5 import S5
 
 MIXERS: dict[str, type[Mixer]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4d": S4D,
+    "s5": S5,
+    "attention": Attention,
 }
 
 
@@ -38,12 +44,12 @@ def parameter_count(name: str, config: ModelConfig) -> int:
     return mixer.parameter_count(*widths, settings)
 
 
-def flops(name: str, config: ModelConfig) -> tuple[float, float]:
-    """Forward FLOPs per token: (matrix products, the rest)."""
+def flops(name: str, config: ModelConfig, length: int) -> tuple[float, float]:
+    """Forward FLOPs per token, in rows of `length` tokens: (matrix products, the rest)."""
     if name == "serpent":
-        return serpent.flops(config.d_model, config.serpent, *_mixer(config.serpent.inner, config))
+        return serpent.flops(config.d_model, config.serpent, *_mixer(config.serpent.inner, config), length)
     mixer, widths, settings = _plain(name, config)
-    return mixer.flops(*widths, settings)
+    return mixer.flops(*widths, settings, length)
 
 
 def kept_bytes(name: str, config: ModelConfig, itemsize: int, length: int) -> float:

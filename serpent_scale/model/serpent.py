@@ -16,6 +16,7 @@ from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Sampling, compress, decompress
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.states import join_rows, take_rows
 
 
 class BranchState(NamedTuple):
@@ -59,10 +60,29 @@ class Branch(nn.Module):
             u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
             window,
         )
-        elements = Documents(clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live)
-        y, inner = self.inner(x, elements, inner)
+        elements = Documents(
+            clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
+        )
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            y, inner = self._step(x, elements, inner)
+        else:
+            y, inner = self.inner(x, elements, inner)
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
         return z, BranchState(window, inner, outputs)
+
+    def _step(self, x: Tensor, elements: Documents, state: Any) -> tuple[Tensor, Any]:
+        """One slot a row: the inner mixer runs on the rows that emit, and not at all where none does."""
+        emits = elements.live[:, 0]
+        rows, silent = emits.nonzero()[:, 0], (~emits).nonzero()[:, 0]
+        if not len(silent):
+            return self.inner(x, elements, state)
+        y = x.new_zeros(len(x), 1, self.readout_basis.shape[1])
+        if not len(rows):
+            return y, state
+        documents = Documents(elements.reset[rows], since_reset=elements.since_reset[rows], pieces=1)
+        found, after = self.inner(x[rows], documents, take_rows(state, rows))
+        order = torch.cat([silent, rows]).argsort()
+        return y.to(found.dtype).index_copy(0, rows, found), take_rows(join_rows([take_rows(state, silent), after]), order)
 
     def slots(self, documents: Documents) -> int:
         """Room for every element these documents can emit."""
@@ -137,11 +157,11 @@ def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings
     return total
 
 
-def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[float, float]:
-    """Forward FLOPs per token at the target rates: (matrix products, the rest)."""
+def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, length: int) -> tuple[float, float]:
+    """Forward FLOPs per token at the target rates, in rows of `length` tokens: (matrix products, the rest)."""
     matmul, rest = (0.0 if list(config.rates) == [1.0] else 2.0 * d_model * d_model), 0.0
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-        m, r = mixer.flops(d_model, inner, out, settings)
+        m, r = mixer.flops(d_model, inner, out, settings, max(1, round(rate * length)))
         matmul, rest = matmul + rate * m, rest + rate * r
         if rate != 1:
             taps, bases = math.ceil(config.horizon * config.spread / rate) + 1, config.n_bases

@@ -75,7 +75,7 @@ class Trainer:
         training = config.training
         if training.cuda_graphs and device.type == "cuda" and training.zero_stage < 3 and not training.activation_checkpointing:
             model.forward = GraphedForward(model, accumulates=self.accumulation > 1)
-        self.flops = flops_per_token(config.model).training
+        self.flops = flops_per_token(config.model, config.data.seq_len).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
         self.digest = 0  # of all samples consumed, by all ranks

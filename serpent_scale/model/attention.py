@@ -1,0 +1,156 @@
+"""Causal self-attention with rotary positions and grouped queries, for hybrids: `pattern: [mamba, mamba, mamba, attention]`.
+
+Rotary positions: Su et al., arXiv 2104.09864; grouped queries: Ainslie et al., arXiv 2305.13245.
+Legend: B batch, L length, H query heads, G key-value heads (H / G queries share one), P head_dim (H P = d_inner), S places of
+the cache.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serpent_scale.config import AttentionConfig
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.mixer import Mixer
+
+QUERIES = 1024  # asked at once where there is a mask: it is (B, 1, QUERIES, keys)
+
+
+class AttentionState(NamedTuple):
+    """The tokens of each row's current document, at the front of S places."""
+
+    keys: Tensor  # (B, S, G, P), rotated
+    values: Tensor  # (B, S, G, P)
+    count: Tensor  # (B,) int64 places in use, and so the next token's position
+
+
+class Attention(Mixer):
+    """in_proj to queries, keys and values, rotation by the position in the document, attention within it, out_proj.
+
+    The state is a cache of keys and values: unlike other mixers' it grows with the document, and it begins anew with the next.
+    A step costs as much as the cache is long.
+    """
+
+    def __init__(self, d_in: int, d_inner: int, d_out: int, config: AttentionConfig):
+        super().__init__(d_in, d_inner, d_out, config)
+        self.head_dim, self.n_heads, self.n_groups = config.head_dim, *heads(d_inner, config)
+        self.rope_theta = config.rope_theta
+        self.in_proj = nn.Linear(d_in, (self.n_heads + 2 * self.n_groups) * config.head_dim, bias=False)
+        self.out_proj = nn.Linear(d_inner, d_out, bias=False)
+
+    def forward(self, x: Tensor, documents: Documents, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
+        q, k, v = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).split([self.n_heads, self.n_groups, self.n_groups], 2)
+        turn = rotation(positions(documents, state), self.head_dim, self.rope_theta, torch.promote_types(x.dtype, torch.float32))
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        alone = state is None and documents.pieces == 1  # no mask is needed but the causal one
+        if state is not None:
+            k, v = torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)
+        y = attend(q, k, v) if alone else attend(q, k, v, documents, state)
+        return self.out_proj(y.flatten(2)), hand_on(k, v, documents, state)
+
+    @staticmethod
+    def width_unit(config: AttentionConfig) -> int:
+        return config.head_dim * config.queries_per_key
+
+    @staticmethod
+    def parameter_count(d_in: int, d_inner: int, d_out: int, config: AttentionConfig) -> int:
+        n_heads, n_groups = heads(d_inner, config)
+        return d_in * (n_heads + 2 * n_groups) * config.head_dim + d_inner * d_out
+
+    @staticmethod
+    def flops(d_in: int, d_inner: int, d_out: int, config: AttentionConfig, length: int) -> tuple[float, float]:
+        """A token sees (length + 1) / 2 keys on average: what lies behind the causal mask is not counted."""
+        n_heads, n_groups = heads(d_inner, config)
+        matmul = 2 * d_in * (n_heads + 2 * n_groups) * config.head_dim + 2 * d_inner * d_out + 2 * d_inner * (length + 1)
+        return matmul, 3 * (n_heads + n_groups) * config.head_dim + 2.5 * n_heads * (length + 1)  # rotation, softmax
+
+    @staticmethod
+    def kept_bytes(d_inner: int, config: AttentionConfig, itemsize: int) -> float:
+        """Queries, keys and values, these once for each query head, and the output; a logsumexp per head."""
+        return itemsize * 4 * d_inner + 4 * heads(d_inner, config)[0]
+
+
+def heads(d_inner: int, config: AttentionConfig) -> tuple[int, int]:
+    """(query heads, key-value heads)."""
+    return d_inner // config.head_dim, d_inner // (config.head_dim * config.queries_per_key)
+
+
+def positions(documents: Documents, state: AttentionState | None) -> Tensor:
+    """(B, L) int64 tokens since the document's first, counted from the row's beginning where nothing is known of before."""
+    at = torch.arange(documents.reset.shape[1], device=documents.reset.device)
+    before = 0 if state is None else state.count[:, None]
+    return torch.where(documents.since_reset > at, before + at, documents.since_reset)
+
+
+def rotation(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, L, 1, P / 2) of position * theta^(-2i/P)."""
+    speed = theta ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=dtype) / head_dim)
+    angle = position[..., None, None].to(dtype) * speed
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, L, H, P), channel i turned with channel i + P / 2; in cos's dtype, returned in x's."""
+    a, b = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, state: AttentionState | None = None
+) -> Tensor:
+    """q (B, L, H, P); k, v (B, S + L, G, P), the cache first -> (B, L, H, P). documents None: each row is one, S = 0."""
+    length, cached, shared = q.shape[1], k.shape[1] - q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if length == 1:  # the queries of a group ask together: no copy of the cache
+        mask = None if documents is None else visible(documents, state, cached, 0, 1)[:, None]
+        y = F.scaled_dot_product_attention(q.unflatten(1, (-1, shared)).flatten(2, 3), k, v, mask)
+        return y.flatten(1, 2)[:, None]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    parts = []
+    for low in range(0, length, QUERIES):
+        high = min(low + QUERIES, length)
+        mask = visible(documents, state, cached, low, high)[:, None]
+        keys = slice(0, cached + high)
+        parts.append(F.scaled_dot_product_attention(q[:, :, low:high], k[:, :, keys], v[:, :, keys], mask))
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def visible(documents: Documents, state: AttentionState | None, cached: int, low: int, high: int) -> Tensor:
+    """(B, high - low, cached + high) bool: queries low to high see a key: it is of their document, and not after them."""
+    at = torch.arange(high, device=documents.reset.device)
+    since, query = documents.since_reset[:, low:high, None], at[low:high, None]
+    seen = (at <= query) & (query - at <= since)
+    if not cached:
+        return seen
+    places = torch.arange(cached, device=at.device)
+    return torch.cat([(places < state.count[:, None, None]) & (since > query), seen], 2)
+
+
+def hand_on(k: Tensor, v: Tensor, documents: Documents, state: AttentionState | None) -> AttentionState:
+    """Keys and values (B, S + L, G, P), the cache first, of the documents that the rows end with, moved to the front."""
+    batch, length = documents.reset.shape
+    cached, device = k.shape[1] - length, k.device
+    if documents.n_live is None and not cached and documents.pieces == 1:
+        return AttentionState(k, v, torch.full((batch,), length, device=device))
+    n_live = torch.full((batch,), length, device=device) if documents.n_live is None else documents.n_live
+    count = torch.zeros_like(n_live) if state is None else state.count
+    since = documents.since_reset.gather(1, (n_live - 1).clamp(min=0)[:, None])[:, 0]
+    goes_on = (n_live == 0) | (since >= n_live)  # the cache is of the document that the row ends with
+    new = torch.where(goes_on, n_live, since + 1)  # its tokens in this piece, the last of those in use
+    count = count * goes_on
+    total = count + new
+    places = k.shape[1]
+    if not torch.is_grad_enabled():  # in training the host does not wait for the device: places for all there could be
+        fewest, most = (int(n) for n in total.aminmax())
+        if fewest == places:
+            return AttentionState(k, v, total)
+        places = most
+    place = torch.arange(places, device=device)
+    source = torch.where(place < count[:, None], place, cached + (n_live - new)[:, None] + place - count[:, None])
+    source = source.clamp(max=k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:])
+    return AttentionState(k.gather(1, source), v.gather(1, source), total)
