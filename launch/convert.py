@@ -23,12 +23,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     ways = parser.add_subparsers(dest="way", required=True)
     reading = ways.add_parser("import", help="a model's folder (config.json and tensors) -> a checkpoint without optimizer state")
     reading.add_argument("folder", type=Path, help="of transformers (mamba, mamba2), of mamba_ssm, or one that `export` wrote")
-    reading.add_argument("--tokenizer", type=Path, metavar="FILE", help="its tokenizer.json (default: the folder's, if there is one)")
+    reading.add_argument("--tokenizer", type=Path, metavar="FILE", help="its tokenizer.json (default: the folder's, if any)")
     writing = ways.add_parser("export", help="a checkpoint -> a model's folder")
     writing.add_argument("checkpoint", type=Path, help="checkpoint folder, or a run's folder for its newest")
     writing.add_argument("--layout", choices=layouts.LAYOUTS,
-                         help="default: transformers for a pure Mamba or Mamba-2; serpent_scale for any other, which transformers "
-                              "reads after `import serpent_scale.huggingface`")
+                         help="default: transformers for a pure Mamba or Mamba-2; serpent_scale for any other, which "
+                              "transformers reads after `import serpent_scale.huggingface`")
     for way in (reading, writing):
         way.add_argument("--out", required=True, type=Path, help="folder to write")
     return parser.parse_args(argv)

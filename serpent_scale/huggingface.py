@@ -1,5 +1,5 @@
 """Models of ours in Hugging Face transformers: `import serpent_scale.huggingface`, then
-`AutoModelForCausalLM.from_pretrained(FOLDER)` for a folder that `launch/convert.py export` wrote. No code comes from the folder."""
+`AutoModelForCausalLM.from_pretrained(FOLDER)` for a folder that `launch/convert.py export` wrote. It holds no code."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -81,7 +81,8 @@ class SerpentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: States | None = None,
-        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, return_dict: bool | None = None, **_,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, return_dict: bool | None = None,
+        **_,
     ) -> SerpentOutput | tuple:
         """input_ids (B, L). attention_mask (B, L): zeros first in a row are padding, which the tokens after it do not see.
 

@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,9 +241,9 @@ def test_mamba_ssm_hybrids_and_harmful_files_are_named(tmp_path):
     refused(tmp_path, ["pytorch_model.bin: cannot be read"])
     (tmp_path / "pytorch_model.bin").unlink()
     refused(tmp_path, ["holds none of model.safetensors"])
-    for places, words in (({"x": "../model.safetensors"}, ["weight_map"]), ({"x": "a.safetensors"}, ["a.safetensors", "no such file"])):
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-        refused(tmp_path, words)
+    for place, words in (("../model.safetensors", "weight_map"), ("a.safetensors", "a.safetensors: cannot be read (no such file)")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": place}}))
+        refused(tmp_path, [words])
 
 
 @pytest.mark.parametrize("layout, pattern, changes, words", [
@@ -270,4 +269,4 @@ def refused(folder, words):
     with pytest.raises(UserError) as error:
         layouts.read(folder)
     message = str(error.value)
-    assert "\n" not in message and message.startswith(str(folder)) and all(re.search(re.escape(word), message) for word in words), message
+    assert "\n" not in message and message.startswith(str(folder)) and all(word in message for word in words), message

@@ -21,7 +21,8 @@ KINDS = {
     "mamba2": lambda: Mamba2ForCausalLM(TheirMamba2Config(
         num_heads=12, head_dim=8, state_size=16, n_groups=1, chunk_size=32, tie_word_embeddings=True, **SIZES)),
     "odd mamba2": lambda: Mamba2ForCausalLM(TheirMamba2Config(
-        num_heads=12, head_dim=8, state_size=16, n_groups=3, chunk_size=32, use_conv_bias=False, layer_norm_epsilon=1e-3, **SIZES)),
+        num_heads=12, head_dim=8, state_size=16, n_groups=3, chunk_size=32, use_conv_bias=False, layer_norm_epsilon=1e-3,
+        **SIZES)),
 }  # fmt: skip
 
 

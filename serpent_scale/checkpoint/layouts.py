@@ -58,7 +58,8 @@ def read(folder: Path, vocab_size: int | None = None) -> tuple[Config, dict[str,
         said = f"model_type '{kind}'" if kind else "neither model_type nor d_model and n_layer"
         raise UserError(f"{file}: {said}: not a Mamba or Mamba-2 of transformers or mamba_ssm, which are what can be read")
     if vocab_size is not None and vocab_size > rows:
-        raise UserError(f"{file}: the model has {rows} rows of vocabulary, the tokenizer {vocab_size} tokens; give its own with --tokenizer")
+        raise UserError(f"{file}: the model has {rows} rows of vocabulary, the tokenizer {vocab_size} tokens; "
+                        "give the model's own with --tokenizer")
     model["vocab_size"] = vocab_size or model["vocab_size"]
     config = _run_of(model, file)
     return config, _ours(_read_tensors(folder), config.model, rows, folder, bool(found.conv_bias))
@@ -70,7 +71,8 @@ def write(layout: str | None, folder: Path, config: ModelConfig, state: dict[str
     pure = config.pattern[0] if len(set(config.pattern)) == 1 and config.pattern[0] in ("mamba", "mamba2") else None
     layout = layout or ("transformers" if pure else "serpent_scale")
     if layout == "serpent_scale":
-        tensors = {PREFIX + name: value for name, value in state.items() if not (config.tie_embeddings and name == "readout.weight")}
+        tied = "readout.weight" if config.tie_embeddings else None
+        tensors = {PREFIX + name: value for name, value in state.items() if name != tied}
         settings = {
             "model_type": MODEL_TYPE, "architectures": ["SerpentForCausalLM"], "model": dataclasses.asdict(config),
             "vocab_size": config.vocab_size, "hidden_size": config.d_model, "num_hidden_layers": config.n_layers,
@@ -79,8 +81,8 @@ def write(layout: str | None, folder: Path, config: ModelConfig, state: dict[str
         }
     else:
         if pure is None:
-            raise UserError(f"--layout {layout}: has pure Mamba and Mamba-2 models only, this one is {', '.join(config.pattern)}; "
-                            "use --layout serpent_scale")
+            raise UserError(f"--layout {layout}: has pure Mamba and Mamba-2 models only, this one is "
+                            f"{', '.join(config.pattern)}; use --layout serpent_scale")
         settings = (_to_transformers if layout == "transformers" else _to_mamba_ssm)(config, pure, end_of_text)
         tensors = _theirs(state, config, "embeddings" if layout == "transformers" else "embedding")
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -151,7 +153,8 @@ def _transformers_mamba2(found: Settings) -> dict:
     heads, width, d_model = found.number("num_heads", 128), found.number("head_dim", 64), found.number("hidden_size")
     expand = found.number("expand", 2)
     if heads * width != int(expand * d_model):
-        raise UserError(f"{found.file}: num_heads x head_dim = {heads * width} is not expand x hidden_size = {int(expand * d_model)}")
+        raise UserError(f"{found.file}: num_heads x head_dim = {heads * width} is not expand x hidden_size = "
+                        f"{int(expand * d_model)}")
     return _common(found, "mamba2", tied=False) | {"mamba2": {
         "expand": float(expand), "d_state": found.number("state_size", 128), "d_conv": found.number("conv_kernel", 4),
         "head_dim": width, "n_groups": found.number("n_groups", 8), "norm_eps": found.number("layer_norm_epsilon", 1e-5),
@@ -191,8 +194,9 @@ def _mamba_ssm(found: Settings) -> tuple[dict, int]:
         mixer = "mamba"
         section = shared | {"d_state": ssm.number("d_state", 16), "dt_rank": _unless_default(rank, d_model, expand)}
     else:
-        ssm.known(*known, "headdim", "ngroups", "conv_init", "A_init_range", "chunk_size", "use_mem_eff_path", "sequence_parallel",
-                  "d_ssm", "D_has_hdim", "rmsnorm", "norm_before_gate", "dt_limit", "activation")  # fmt: skip
+        ssm.known(*known, "headdim", "ngroups", "conv_init", "A_init_range", "chunk_size", "use_mem_eff_path",
+                  "sequence_parallel", "d_ssm", "D_has_hdim", "rmsnorm", "norm_before_gate", "dt_limit",
+                  "activation")  # fmt: skip
         ssm.only("d_ssm", None, expand * d_model)
         ssm.only("D_has_hdim", False)
         ssm.only("rmsnorm", True)
@@ -228,7 +232,8 @@ def _unless_default(rank: int, d_model: float, expand: float) -> int | None:
 def _run_of(model: dict, file: Path) -> Config:
     """A whole configuration around a model's, its training left at the defaults and a budget to be overridden."""
     try:
-        return parse_config({"model": model, "data": {"seq_len": PUBLISHED_LENGTH}, "training": {"max_steps": 1000}}, origin="model")
+        run = {"model": model, "data": {"seq_len": PUBLISHED_LENGTH}, "training": {"max_steps": 1000}}
+        return parse_config(run, origin="model")
     except UserError as error:
         raise UserError(f"{file}: as a model of ours: {error}") from None
 
@@ -260,15 +265,16 @@ def _to_mamba_ssm(config: ModelConfig, mixer: str, end_of_text: int | None) -> d
     section = getattr(config, mixer)
     for path, eps in (("norm_eps", config.norm_eps), ("mamba2.norm_eps", config.mamba2.norm_eps)):
         if eps != 1e-5 and (mixer == "mamba2" or path == "norm_eps"):
-            raise UserError(f"--layout mamba_ssm: its norms have epsilon 1e-05, here model.{path}={eps}; use --layout transformers")
+            raise UserError(f"--layout mamba_ssm: its norms have epsilon 1e-05, here model.{path}={eps}; "
+                            "use --layout transformers")
     ssm = {
         "layer": "Mamba1" if mixer == "mamba" else "Mamba2", "d_state": section.d_state, "d_conv": section.d_conv,
         "expand": _whole(config, mixer, "mamba_ssm"), "dt_min": section.dt_min, "dt_max": section.dt_max,
     }
     ssm |= {"dt_rank": _rank(config)} if mixer == "mamba" else {"headdim": section.head_dim, "ngroups": section.n_groups}
     return {
-        "d_model": config.d_model, "d_intermediate": 0, "n_layer": config.n_layers, "vocab_size": config.vocab_size, "ssm_cfg": ssm,
-        "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+        "d_model": config.d_model, "d_intermediate": 0, "n_layer": config.n_layers, "vocab_size": config.vocab_size,
+        "ssm_cfg": ssm, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
         "pad_vocab_size_multiple": 1, "tie_embeddings": config.tie_embeddings,
     }
 
@@ -314,7 +320,8 @@ def _ours(theirs: dict[str, Tensor], config: ModelConfig, rows: int, folder: Pat
         state[name] = value
     if config.tie_embeddings:
         state["readout.weight"] = state["embedding.weight"]
-        if (head := theirs.pop("lm_head.weight", None)) is not None and not torch.equal(head, theirs["backbone.embeddings.weight"]):
+        head = theirs.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, theirs["backbone.embeddings.weight"]):
             raise UserError(f"{folder}: lm_head.weight is not the embedding, though config.json says that they are tied")
     for name in sorted(theirs.keys() - seen):
         raise UserError(f"{folder}: tensor {name} has no place in a {config.pattern[0]} model as config.json describes it")
@@ -410,8 +417,8 @@ def _load(file: Path) -> dict[str, Tensor]:
 def _read_json(file: Path) -> dict:
     if not file.is_file():
         ours = (file.parent / "manifest.json").is_file() or (file.parent / "checkpoints").is_dir()
-        hint = "this is a checkpoint or run of ours, which `export` takes" if ours else "give a folder of transformers or mamba_ssm"
-        raise UserError(f"{file}: no such file; {hint}")
+        hint = "this is a checkpoint or run of ours, which `export` takes"
+        raise UserError(f"{file}: no such file; {hint if ours else 'give a folder of transformers or mamba_ssm'}")
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError):

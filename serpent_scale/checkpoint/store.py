@@ -160,7 +160,8 @@ def save_parameters(folder: Path, state: dict[str, torch.Tensor], texts: dict[st
 
 @contextlib.contextmanager
 def new_folder(folder: Path):
-    """A folder to be filled, `folder` once that is done without an error. Raises UserError if it is there or cannot be written."""
+    """A folder to be filled, `folder` once that is done without an error. Raises UserError if it is there already or cannot be
+    written."""
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another folder, or remove this one")
     staging = folder.with_name(folder.name + ".partial")

@@ -55,7 +55,8 @@ class Block(nn.Module):
 
 
 class Readout(nn.Module):
-    """Final norm and the read-out over the vocabulary, tied unless the configuration says not; rows past vocab_size are padding and get no probability."""
+    """Final norm and the read-out over the vocabulary, tied unless the configuration says not; rows past vocab_size are padding
+    and get no probability."""
 
     def __init__(self, weight: nn.Parameter, config: ModelConfig):
         super().__init__()
