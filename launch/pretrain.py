@@ -21,7 +21,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file; configs/ holds the ones shipped")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH",
                         help="auto: the newest checkpoint of this run that verifies (default); none: a fresh run; "
-                             "PATH: a checkpoint, or a run's folder for its newest")
+                             "PATH: a checkpoint, a run's folder for its newest, or a model that convert.py imported")
     parser.add_argument("--dry-run", action="store_true",
                         help="check everything, print parameters, FLOPs, memory and steps for the ranks it is started on, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -44,8 +44,8 @@ def main() -> None:
         processes.on_rank_zero(lambda: prepare_run_folder(config.run_folder))
         if ranks.rank == 0:
             print(config.to_yaml(), flush=True)
-        trainer = Trainer(config, ranks)
-        trainer.resume(args.resume)
+        trainer = Trainer(config, ranks, args.resume)
+        trainer.resume()
         trainer.train()
     finally:
         processes.stop()

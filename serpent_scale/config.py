@@ -52,6 +52,7 @@ class MambaConfig:
     expand: float = setting(2.0, "d_inner = expand * d_model", gt=0)
     d_state: int = setting(16, "state size N per channel", ge=1)
     d_conv: int = setting(4, "taps of the causal convolution", ge=1)
+    dt_rank: Optional[int] = setting(None, "rank of the step projection; null: d_inner / 32, from 16 on in multiples of 8", ge=1)
     dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
     dt_max: float = setting(0.1, "largest initial step dt", gt=0)
 
@@ -65,6 +66,7 @@ class Mamba2Config:
     d_conv: int = setting(4, "taps of the causal convolution over x, B and C", ge=1)
     head_dim: int = setting(64, "channels of a head; d_inner is a multiple of head_dim * n_groups", ge=1)
     n_groups: int = setting(1, "groups of heads, each with its own B, C and root mean square", ge=1)
+    norm_eps: float = setting(1e-5, "epsilon of the gated RMSNorm", gt=0)
     dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
     dt_max: float = setting(0.1, "largest initial step dt", gt=0)
 
@@ -128,6 +130,7 @@ class ModelConfig:
         ["mamba", "serpent"], f"mixer of each layer, repeated to the depth: {', '.join(MIXERS)}, serpent"
     )
     norm_eps: float = setting(1e-5, "epsilon of RMSNorm", gt=0)
+    tie_embeddings: bool = setting(True, "the read-out shares the embedding's matrix; false: it has its own")
     mamba: MambaConfig = field(default_factory=MambaConfig)
     mamba2: Mamba2Config = field(default_factory=Mamba2Config)
     s4d: S4DConfig = field(default_factory=S4DConfig)

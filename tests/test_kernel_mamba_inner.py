@@ -72,7 +72,7 @@ def test_bfloat16(use_state):
 
 
 def test_only_what_it_promises_is_kept():
-    values = [v.to(DEVICE).requires_grad_() for v in inputs(2, 64, 24, rank=dt_rank(24))]
+    values = [v.to(DEVICE).requires_grad_() for v in inputs(2, 64, 24, rank=dt_rank(24, MambaConfig()))]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fused.mamba_inner(*values[:8])

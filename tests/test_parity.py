@@ -1,51 +1,47 @@
-"""Logits and generation against models that nobody here wrote: transformers' Mamba and Mamba-2, with their weights copied."""
+"""Logits and generation against models that nobody here wrote: transformers' Mamba and Mamba-2, converted by layouts.py."""
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Mamba2ForCausalLM, MambaForCausalLM
 from transformers import Mamba2Config as TheirMamba2Config
-from transformers import Mamba2ForCausalLM, MambaForCausalLM
 from transformers import MambaConfig as TheirMambaConfig
 
-from serpent_scale.config import Mamba2Config, MambaConfig, ModelConfig
+from serpent_scale.checkpoint import layouts
 from serpent_scale.evaluation.generation import generate
+from serpent_scale.model.accounting import parameter_counts
 from serpent_scale.model.language_model import LanguageModel
 
-VOCABULARY, WIDTH, LAYERS = 97, 48, 3
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, tie_word_embeddings=True, eos_token_id=None)
-NAMES = {
-    "embeddings.": "embedding.", "layers.": "blocks.", "norm_f.": "readout.norm.", "conv1d.weight": "conv_weight",
-    "conv1d.bias": "conv_bias", "dt_proj.bias": "dt_bias", "mixer.norm.weight": "mixer.norm_weight",
-}
+VOCABULARY = 97
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=3, eos_token_id=None)
+KINDS = {
+    "mamba": lambda: MambaForCausalLM(TheirMambaConfig(state_size=8, **SIZES)),
+    # A rank that is not ours by default, a convolution without bias, its own read-out, other taps and epsilon.
+    "odd mamba": lambda: MambaForCausalLM(TheirMambaConfig(
+        state_size=5, time_step_rank=7, use_conv_bias=False, tie_word_embeddings=False, conv_kernel=3, expand=3,
+        layer_norm_epsilon=1e-3, **SIZES)),
+    "mamba2": lambda: Mamba2ForCausalLM(TheirMamba2Config(
+        num_heads=12, head_dim=8, state_size=16, n_groups=1, chunk_size=32, tie_word_embeddings=True, **SIZES)),
+    "odd mamba2": lambda: Mamba2ForCausalLM(TheirMamba2Config(
+        num_heads=12, head_dim=8, state_size=16, n_groups=3, chunk_size=32, use_conv_bias=False, layer_norm_epsilon=1e-3,
+        **SIZES)),
+}  # fmt: skip
 
 
-def pair(kind):
-    """(their model, our configuration of the same)."""
-    if kind == "mamba":
-        theirs = MambaForCausalLM(TheirMambaConfig(state_size=8, **SIZES))
-        return theirs, ModelConfig(pattern=[kind], mamba=MambaConfig(d_state=8))
-    groups = int(kind[-1])
-    theirs = TheirMamba2Config(num_heads=12, head_dim=8, state_size=16, n_groups=groups, chunk_size=32, **SIZES)
-    ours = ModelConfig(pattern=["mamba2"], mamba2=Mamba2Config(d_state=16, head_dim=8, n_groups=groups))
-    return Mamba2ForCausalLM(theirs), ours
-
-
-@pytest.fixture(params=["mamba", "mamba2, groups: 1", "mamba2, groups: 3"])
-def theirs_and_ours(request):
+@pytest.fixture(scope="module", params=KINDS)
+def theirs_and_ours(request, tmp_path_factory):
+    """(their model, ours read from its folder)."""
     torch.manual_seed(0)
-    theirs, config = pair(request.param)
-    config.vocab_size, config.d_model, config.n_layers = VOCABULARY, WIDTH, LAYERS
+    theirs = KINDS[request.param]().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # none left at the zeros and ones it starts with
             parameter.add_(0.1 * torch.randn_like(parameter))
-    ours, state = LanguageModel(config), {}
-    for name, value in theirs.backbone.state_dict().items():
-        for part, our_part in NAMES.items():
-            name = name.replace(part, our_part)
-        state[name] = value[:, 0].flip(1) if name.endswith("conv_weight") else value  # our tap 0 is the newest token
-    padding = ours.embedding.weight.shape[0] - VOCABULARY
-    state["embedding.weight"] = torch.nn.functional.pad(state["embedding.weight"], (0, 0, 0, padding))
-    state["readout.weight"] = state["embedding.weight"]
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(folder, max_shard_size="40KB" if "odd" in request.param else "1GB")
+    assert len(list(folder.glob("*.safetensors"))) > 1 or "odd" not in request.param
+    config, state = layouts.read(folder)
+    ours = LanguageModel(config.model)
     ours.load_state_dict(state)
-    return theirs.eval(), ours
+    assert sum(parameter_counts(config.model).values()) == sum(p.numel() for p in ours.parameters())
+    return theirs, ours
 
 
 @pytest.mark.parametrize("length", [1, 37, 131])
@@ -72,3 +68,15 @@ def test_token_by_token_it_goes_on_as_theirs_does(theirs_and_ours):
         for step in range(steps):
             torch.testing.assert_close(logits[:, -1], want.logits[step], rtol=0, atol=1e-4)
             logits, states = ours(chosen[:, step : step + 1], states=states)
+
+
+def test_what_we_write_is_loaded_by_theirs(theirs_and_ours, tmp_path):
+    _, ours = theirs_and_ours
+    assert layouts.write(None, tmp_path, ours.config, ours.state_dict(), end_of_text=3) == "transformers"
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.eos_token_id == 3 and type(theirs).__module__.startswith("transformers.")
+    tokens = torch.randint(0, VOCABULARY, (2, 43))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens, use_cache=False).logits, ours(tokens)[0], rtol=0, atol=1e-4)
+    tied = theirs.lm_head.weight is theirs.backbone.embeddings.weight
+    assert tied == ours.config.tie_embeddings

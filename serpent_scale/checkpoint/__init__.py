@@ -1,2 +1,2 @@
-"""Checkpoint folders: written atomically, hashed, verified before anything in them is read.
-`manifest.py` says whether a folder is whole; `store.py` saves, finds, loads and prunes."""
+"""Checkpoint folders, written atomically, hashed, verified before anything in them is read: `store.py`, by the `manifest.py`.
+`layouts.py` reads and writes the model folders of other projects."""

@@ -10,6 +10,9 @@ and its manifest is written: a folder by the final name is whole, unless somethi
     config.yaml, tokenizer.json  the texts handed to `save`
     manifest.json     size and sha256 of all these
 
+A folder of parameters alone, which `save_parameters` writes, has model.safetensors in place of state/, trainer.json and the
+states of generators. A run that begins with it begins at step 0.
+
 Nothing in a checkpoint is executed: pickles are read by torch's `weights_only` unpickler, with three DeepSpeed classes that
 only hold values let in. All ranks call `save` and `load` together, and when one of them fails, all raise.
 """
@@ -35,6 +38,7 @@ from serpent_scale.errors import UserError
 from serpent_scale.parallel.processes import on_every_rank, on_rank_zero
 
 STATE = "state"  # DeepSpeed's tag
+PARAMETERS = "model.safetensors"
 
 
 def folder_name(step: int) -> str:
@@ -137,12 +141,57 @@ def load(engine, path: Path) -> dict:
     return trainer
 
 
+def save_parameters(folder: Path, state: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
+    """Write a folder of parameters alone, by another name first. Raises UserError if it is there or cannot be written."""
+    first, tied = {}, {}
+    for name, value in state.items():
+        if first.setdefault(value.data_ptr(), name) != name:
+            tied[name] = first[value.data_ptr()]
+    with new_folder(folder) as staging:
+        parameters = {name: value.contiguous() for name, value in state.items() if name not in tied}
+        safetensors.torch.save_file(parameters, staging / PARAMETERS)
+        for name, text in {"layout.json": json.dumps({"tied": tied}), **texts}.items():
+            (staging / name).write_text(text)
+        written = sorted(staging.iterdir())
+        for path in written:
+            manifest.sync(path)
+        manifest.write_manifest(staging, {path.name: manifest.hash_file(path) for path in written})
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """A folder to be filled, `folder` once that is done without an error. Raises UserError if it is there already or cannot be
+    written."""
+    if folder.exists():
+        raise UserError(f"{folder}: is there already; name another folder, or remove this one")
+    staging = folder.with_name(folder.name + ".partial")
+    with _cannot_write(folder):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            manifest.sync(staging)
+            staging.rename(folder)
+        except (safetensors.SafetensorError, RuntimeError) as error:  # how the libraries say that a disk is full
+            raise OSError(None, str(error).splitlines()[0], str(folder)) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def parameters_alone(path: Path) -> bool:
+    """Whether the folder holds parameters and nothing to resume a run with."""
+    return (Path(path) / PARAMETERS).is_file()
+
+
 def read_full_state(path: Path) -> dict[str, torch.Tensor]:
     """The fp32 parameters of a checkpoint under every name `load_state_dict` wants, tied ones included, from any ZeRO stage
     and world size. Verifies it first; needs no other rank. Raises UserError."""
     path = Path(path)
     manifest.verify(path)
     layout = _read_json(path / "layout.json")
+    if parameters_alone(path):
+        parameters = safetensors.torch.load_file(path / PARAMETERS)
+        return parameters | {alias: parameters[name] for alias, name in layout["tied"].items()}
     state = _load_tensors(path / STATE / _state_files(layout["zero_stage"], 0)[0], mmap=True)
     if layout["zero_stage"] < 3:
         return dict(state["module"])

@@ -27,20 +27,33 @@ class Loaded:
 
 def load_checkpoint(where: str | Path, device: torch.device) -> Loaded:
     """`where`: a checkpoint folder, or a run's folder (its newest checkpoint). Raises UserError."""
-    path = Path(where)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint or run folder")
-    if (path / "checkpoints").is_dir():
-        newest, skipped = store.newest(path / "checkpoints")
-        if newest is None:
-            reasons = "; ".join(f"{p.name}: {reason}" for p, reason in skipped)
-            raise UserError(f"{path}: holds no checkpoint that verifies{f' ({reasons})' if reasons else ''}")
-        path = newest
-    state = store.read_full_state(path)  # verifies the manifest before anything in the folder is trusted
-    config = load_config(path / "config.yaml")
+    path = find_checkpoint(where)
+    config, state = read_model(path)
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(f"{path}: has no tokenizer.json; convert the model again with --tokenizer FILE")
     model = LanguageModel(config.model)
     model.load_state_dict(state)
     return Loaded(model.to(device).eval(), config, Tokenizer.from_file(str(path / "tokenizer.json")), path)
+
+
+def find_checkpoint(where: str | Path) -> Path:
+    """The checkpoint's folder. Raises UserError."""
+    path = Path(where)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint or run folder")
+    if not (path / "checkpoints").is_dir():
+        return path
+    newest, skipped = store.newest(path / "checkpoints")
+    if newest is None:
+        reasons = "; ".join(f"{p.name}: {reason}" for p, reason in skipped)
+        raise UserError(f"{path}: holds no checkpoint that verifies{f' ({reasons})' if reasons else ''}")
+    return newest
+
+
+def read_model(path: Path) -> tuple[Config, dict[str, torch.Tensor]]:
+    """(configuration, float32 parameters) of a checkpoint, which is verified first. Raises UserError."""
+    state = store.read_full_state(path)
+    return load_config(path / "config.yaml"), state
 
 
 def pick_device(name: str) -> torch.device:

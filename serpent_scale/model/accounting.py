@@ -16,8 +16,10 @@ GIB = 2**30
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part; the sum is the model's size. The embedding is shared with the read-out."""
+    """Parameters by part; the sum is the model's size."""
     counts = {"embedding": padded_vocab(config.vocab_size) * config.d_model}
+    if not config.tie_embeddings:
+        counts["read-out"] = counts["embedding"]
     for name in layer_names(config):
         counts[f"{name} layers"] = counts.get(f"{name} layers", 0) + mixers.parameter_count(name, config)
     counts["norms"] = (config.n_layers + 1) * config.d_model

@@ -1,4 +1,4 @@
-"""The language model: embedding, pre-norm residual blocks, final norm, tied read-out. Legend: B rows, L tokens, V vocabulary."""
+"""The language model: embedding, pre-norm residual blocks, final norm, read-out. Legend: B rows, L tokens, V vocabulary."""
 from __future__ import annotations
 
 import torch
@@ -56,7 +56,8 @@ class Block(nn.Module):
 
 
 class Readout(nn.Module):
-    """Final norm and the tied read-out over the vocabulary; rows past vocab_size are padding and get no probability."""
+    """Final norm and the read-out over the vocabulary, tied unless the configuration says not; rows past vocab_size are padding
+    and get no probability."""
 
     def __init__(self, weight: nn.Parameter, config: ModelConfig):
         super().__init__()
@@ -82,7 +83,10 @@ class LanguageModel(nn.Module):
         for block in self.blocks:  # the residual stream's variance does not grow with depth (GPT-2, section 2.3)
             if isinstance(block.mixer.out_proj, nn.Linear):
                 block.mixer.out_proj.weight.data.div_(config.n_layers**0.5)
-        self.readout = Readout(self.embedding.weight, config)
+        weight = self.embedding.weight
+        if not config.tie_embeddings:
+            weight = nn.Parameter(torch.empty_like(weight).normal_(std=0.02))
+        self.readout = Readout(weight, config)
 
     def slots(self, documents: Documents) -> tuple[int, ...]:
         """What the shapes inside depend on besides that of the tokens: the slots of each kind of compressed branch."""

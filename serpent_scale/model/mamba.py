@@ -22,9 +22,11 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (B, D, N)
 
 
-def dt_rank(d_inner: int) -> int:
+def dt_rank(d_inner: int, config: MambaConfig) -> int:
     """Rank of the step projection: d_model / 16 at the usual expansion of 2; from 16 on a multiple of 16, so that rows of
     x_proj's output, dt, B and C side by side, are aligned for wide loads."""
+    if config.dt_rank is not None:
+        return config.dt_rank
     rank = math.ceil(d_inner / 32)
     return rank if rank < 16 else 16 * math.ceil(rank / 16)
 
@@ -34,7 +36,7 @@ class Mamba(Mixer):
 
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: MambaConfig):
         super().__init__(d_in, d_inner, d_out, config)
-        self.d_inner, self.d_state, self.rank = d_inner, config.d_state, dt_rank(d_inner)
+        self.d_inner, self.d_state, self.rank = d_inner, config.d_state, dt_rank(d_inner, config)
         self.in_proj = nn.Linear(d_in, 2 * d_inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_inner))
@@ -84,17 +86,18 @@ class Mamba(Mixer):
 
     @staticmethod
     def parameter_count(d_in: int, d_inner: int, d_out: int, config: MambaConfig) -> int:
-        n, r = config.d_state, dt_rank(d_inner)
+        n, r = config.d_state, dt_rank(d_inner, config)
         return d_inner * (2 * d_in + config.d_conv + 1 + r + 2 * n + r + 1 + n + 1 + d_out)
 
     @staticmethod
     def kept_bytes(d_inner: int, config: MambaConfig, itemsize: int) -> float:
         """xz, y, x_proj's output and scan states."""
-        return itemsize * (3 * d_inner + dt_rank(d_inner) + 2 * config.d_state) + 4 * d_inner * config.d_state / TOKENS_A_STATE
+        in_and_out = 3 * d_inner + dt_rank(d_inner, config) + 2 * config.d_state
+        return itemsize * in_and_out + 4 * d_inner * config.d_state / TOKENS_A_STATE
 
     @staticmethod
     def flops(d_in: int, d_inner: int, d_out: int, config: MambaConfig, length: int) -> tuple[int, int]:
-        n, r = config.d_state, dt_rank(d_inner)
+        n, r = config.d_state, dt_rank(d_inner, config)
         matmul = 2 * d_inner * (2 * d_in + r + 2 * n + r + d_out) + 2 * d_inner * n  # the last: y = C h
         # conv: multiply and add per tap; scan per state: dt A, exp, decay h, + input, (dt x) B
         return matmul, d_inner * (2 * config.d_conv + 5 * n)

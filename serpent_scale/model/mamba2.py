@@ -20,7 +20,6 @@ from serpent_scale.model.documents import Documents
 from serpent_scale.model.mixer import Mixer
 
 LARGEST_A = 16.0  # initial decay rates are uniform in [1, 16]
-NORM_EPS = 1e-5
 
 
 class Mamba2State(NamedTuple):
@@ -34,7 +33,7 @@ class Mamba2(Mixer):
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: Mamba2Config):
         super().__init__(d_in, d_inner, d_out, config)
         self.d_inner, self.n_groups, self.d_bc = d_inner, config.n_groups, config.n_groups * config.d_state
-        self.n_heads = d_inner // config.head_dim
+        self.n_heads, self.norm_eps = d_inner // config.head_dim, config.norm_eps
         d_conv_in = d_inner + 2 * self.d_bc
         self.in_proj = nn.Linear(d_in, d_inner + d_conv_in + self.n_heads, bias=False)  # z, (x, B, C), dt
         self.conv_weight = nn.Parameter(torch.empty(d_conv_in, config.d_conv))
@@ -75,7 +74,7 @@ class Mamba2(Mixer):
     def _norm(self, y: Tensor) -> Tensor:
         """Each group's channels by their own root mean square."""
         groups = zip(y.chunk(self.n_groups, -1), self.norm_weight.chunk(self.n_groups))
-        parts = [rms_norm(v, weight, NORM_EPS, out_dtype=y.dtype)[0] for v, weight in groups]
+        parts = [rms_norm(v, weight, self.norm_eps, out_dtype=y.dtype)[0] for v, weight in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod

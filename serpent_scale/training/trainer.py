@@ -20,7 +20,7 @@ from serpent_scale.errors import UserError
 from serpent_scale.model.accounting import GIB, flops_per_token
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
-from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_rank_zero
+from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.metrics import Metrics
@@ -52,9 +52,13 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class Trainer:
-    """One pretraining run. Raises UserError for anything the user can mend, on all ranks together."""
+    """One pretraining run. Raises UserError for anything the user can mend, on all ranks together.
 
-    def __init__(self, config: Config, processes: Processes):
+    start: what the run goes on from. `auto`: the newest checkpoint that verifies, or nothing if there is none at all; `none`:
+    nothing, refused where checkpoints are; else the path of a checkpoint, or of parameters alone.
+    """
+
+    def __init__(self, config: Config, processes: Processes, start: str):
         self.config, self.processes = config, processes
         self.accumulation = config.grad_accumulation(processes.world_size)
         device = processes.device
@@ -62,7 +66,11 @@ class Trainer:
         self.tokenizer = self.stream.index.tokenizer_path.read_text()
 
         torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
-        model = LanguageModel(config.model, config.training.activation_checkpointing).to(device)
+        model = LanguageModel(config.model, config.training.activation_checkpointing)
+        self.start = on_rank_zero(lambda: find_checkpoint(start, self.checkpoints))
+        if self.start is not None and store.parameters_alone(self.start):
+            self._begin_with_parameters(model)
+        model.to(device)
         self.optimizer = build_optimizer(model, config, device)
         settings = deepspeed_config(config, processes.world_size)
         try:
@@ -85,10 +93,22 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.config.run_folder / "checkpoints"
 
-    def resume(self, where: str) -> None:
-        """`auto`: the newest checkpoint that verifies, or a fresh start if there is none at all; `none`: a fresh start,
-        refused where checkpoints are; else the path of a checkpoint."""
-        path = on_rank_zero(lambda: find_checkpoint(where, self.checkpoints))
+    def _begin_with_parameters(self, model: LanguageModel) -> None:
+        """Before DeepSpeed takes the model over: its optimizer keeps copies of what it finds."""
+        path = self.start
+
+        def read() -> None:
+            state = store.read_full_state(path)
+            check_same_model(self.config, path / "config.yaml")
+            model.load_state_dict(state)
+
+        on_every_rank(read)
+        self.start = None
+        if self.processes.rank == 0:
+            print(f"begins with the parameters of {path}, at step 0", flush=True)
+
+    def resume(self) -> None:
+        path = self.start
         if path is None:
             return
         state = store.load(self.engine, path)

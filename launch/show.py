@@ -1,0 +1,97 @@
+"""Look at what SeRpEnt does: `launch/show.py proposition1`, `launch/show.py clock --checkpoint RUN --text FILE --out FOLDER`.
+
+proposition1: that an element's trace in the state is linear in its interval (Proposition 1 of arXiv 2501.11729), and, with
+--checkpoint and --text, whether the intervals a model has learned tell how much elements matter.
+clock: a page (clock.html, nothing beside it needed) and a picture (clock.png) of a text with the interval of each token.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from serpent_scale.errors import UserError, exit_on_user_error
+from serpent_scale.evaluation import clock, plots, proposition
+from serpent_scale.evaluation.loading import Loaded, load_checkpoint, pick_device
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    views = parser.add_subparsers(dest="view", required=True)
+    first = views.add_parser("proposition1", help="slopes, coefficients, and with a checkpoint correlations")
+    first.add_argument("--out", type=Path, metavar="PNG", help="draw them too")
+    second = views.add_parser("clock", help="a text with each token's interval, per layer and branch")
+    second.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="gets clock.html and clock.png")
+    for view in (first, second):
+        wanted = view is second
+        view.add_argument("--checkpoint", required=wanted, help="checkpoint folder, or a run's folder for its newest")
+        view.add_argument("--text", required=wanted, type=Path, metavar="FILE", help="UTF-8 text to run it on")
+        view.add_argument("--max-tokens", type=int, default=1000, help="read at most this many tokens of it (default 1000)")
+        view.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    if (args.checkpoint is None) != (args.text is None):
+        raise UserError("--checkpoint and --text go together; give both or neither")
+    (show_proposition if args.view == "proposition1" else show_clock)(args)
+
+
+def show_proposition(args: argparse.Namespace) -> None:
+    sequence, element = proposition.Sequence.random(), 40
+    fits = [proposition.fit(sequence, element, rule, removal) for rule in proposition.RULES for removal in proposition.REMOVALS]
+    steps = proposition.STEPS
+    print(f"element {element + 1} of {len(sequence.x)}, {len(sequence.A)} states, float64, intervals {steps[0]:.0e} to "
+          f"{steps[-1]:.0e}\n{'discretised by':<16}{'element':<10}{'slope':>12}{'coefficient':>16}{'predicted':>16}")
+    for f in fits:
+        print(f"{f.rule:<16}{f.removal:<10}{f.slope:>12.8f}{f.found:>16.9g}{f.predicted:>16.9g}")
+    found = []
+    if args.checkpoint:
+        loaded, tokens, _ = read_text(args)
+        found = proposition.correlations(loaded.model, tokens)
+        print(f"\n{loaded.path}: interval and effect of deleting, {len(found[0].effects)} elements each\n"
+              f"{'':<36}{'rank correlation':>18}{'of logarithms':>16}{'intervals':>20}")
+        for c in found:
+            spread = f"{c.intervals.min():.4f} to {c.intervals.max():.4f}"
+            print(f"{c.what:<36}{c.rank:>18.3f}{c.linear:>16.3f}{spread:>20}")
+    if args.out:
+        plots.proposition(fits, found, args.out)
+        print(f"wrote {args.out}")
+
+
+def show_clock(args: argparse.Namespace) -> None:
+    loaded, tokens, pieces = read_text(args)
+    branches, places = clock.clocks(loaded.model, tokens), clock.places_in_words(pieces)
+    page = clock.page(f"{loaded.config.run.name}, {loaded.path.name}", args.text.name, pieces, places, branches)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "clock.html").write_text(page)
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot be written ({error.strerror}); name another with --out") from None
+    plots.clock(branches, pieces, places, args.out / "clock.png")
+    print(f"{'':<22}{'target':>8}{'realised':>10}{'cut by band':>13}")
+    for b in branches:
+        print(f"layer {b.layer:<3} rate {b.rate:<8g}{b.rate:>8.3f}{b.realised:>10.3f}{b.saturation:>13.1%}")
+    print(f"wrote {args.out / 'clock.html'} and {args.out / 'clock.png'}")
+
+
+def read_text(args: argparse.Namespace) -> tuple[Loaded, torch.Tensor, list[str]]:
+    """(model, tokens (L,) with the mark that begins a document first, the characters of each token after it)."""
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise UserError(f"{args.text}: cannot be read as UTF-8 text ({reason})") from None
+    device = pick_device(args.device)
+    loaded = load_checkpoint(args.checkpoint, device)
+    ids, pieces = clock.encode(loaded.tokenizer, text, args.max_tokens)
+    if len(ids) < 100:
+        raise UserError(f"{args.text}: {len(ids)} tokens are too few to show; give a text of 100 or more, --max-tokens too")
+    return loaded, torch.tensor([loaded.end_of_text, *ids], device=device), pieces
+
+
+if __name__ == "__main__":
+    main()
