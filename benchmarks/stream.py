@@ -3,7 +3,7 @@
     python benchmarks/stream.py
 
 The index is of 10,000 shards of 10^8 tokens (sparse files of the right size: shards are only read when a sample is) with a
-document per 10^6 tokens. A seek is `TokenStream.spans` of a random sample in a random epoch: it finds the shards and tokens of
+document per 10^6 tokens. A seek is `Windows.spans` of a random sample in a random epoch: it finds the shards and tokens of
 that sample; reading them then hashes each shard once, which is not part of it.
 """
 from __future__ import annotations
@@ -66,10 +66,10 @@ def seek(folder: Path, repeats: int) -> None:
     print(f"index of {stream.index.tokens:.3g} tokens, {SHARDS:,} shards, {stream.index.n_documents:,} documents")
     report("open: read and check the index, a stat per shard", opening, 1, "s")
     samples = [random.randrange(10 * stream.n_windows) for _ in range(repeats)]
-    report("seek to a random sample of another epoch", [seconds(lambda g=g: stream.spans(g)) for g in samples], 1e-3, "ms")
+    report("seek to a random sample of another epoch", [seconds(lambda g=g: stream.windows.spans(g)) for g in samples], 1e-3, "ms")
     samples = [random.randrange(stream.n_windows) for _ in range(repeats)]
-    stream.spans(0)
-    report("seek within an epoch", [seconds(lambda g=g: stream.spans(g)) for g in samples], 1e-6, "us")
+    stream.windows.spans(0)
+    report("seek within an epoch", [seconds(lambda g=g: stream.windows.spans(g)) for g in samples], 1e-6, "us")
     state = stream.state(samples[0], 0)
     report("check a state", [seconds(lambda: stream.check_state(state)) for _ in range(repeats)], 1e-6, "us")
 

@@ -22,6 +22,7 @@ FORMAT = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER = 512  # of a tar member, and what its payload is padded to
 RECORD = 10240  # what a tar file is padded to
+CHUNK = 1 << 20  # documents checked at a time
 MEND = "restore it from a copy, or prepare the data again in an empty folder"
 
 
@@ -68,6 +69,17 @@ class Index:
     def shard_tokens(self) -> np.ndarray:
         """Tokens of each shard, (n_shards,) int64."""
         return np.array([shard.tokens for shard in self.shards], np.int64)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The documents of a shard. A copy, so that an index of any size takes no memory but what is in use."""
+        first, last = self.first_document(shard), self.first_document(shard + 1)
+        if not isinstance(self.documents, np.memmap):
+            return np.array(self.documents[first:last])
+        at = self.documents.offset + first * 24
+        rows = np.fromfile(self.documents.filename, "<i8", 3 * (last - first), offset=at).reshape(-1, 3)
+        if len(rows) != last - first:
+            raise UserError(f"{self.documents.filename}: cut since it was opened; {MEND}")
+        return rows
 
     def first_document(self, shard: int) -> int:
         """Number of a shard's first document; of one past the last shard, the number of documents."""
@@ -166,11 +178,14 @@ def verify_shard(index: Index, number: int) -> None:
         raise UserError(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
     if fault:
         raise UserError(f"{path}: {fault}; {MEND}")
+    _check_vocabulary(index, number, np.memmap(path, index.dtype, "r"))
 
 
-def open_shard(index: Index, number: int) -> np.ndarray:
-    """Verify a shard and map its whole tar as an array of `index.dtype`: a payload at byte b begins at b / itemsize."""
-    verify_shard(index, number)
+def open_shard(index: Index, number: int, verified: bool = False) -> np.ndarray:
+    """Verify a shard, if that has not been done, and map its whole tar as an array of `index.dtype`: a payload at byte b
+    begins at b / itemsize."""
+    if not verified:
+        verify_shard(index, number)
     return np.asarray(np.memmap(index.folder / index.shards[number].name, index.dtype, "r"))
 
 
@@ -188,32 +203,38 @@ def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) ->
 def _load_documents(path: Path, sha256: str) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: missing; {MEND}")
-    raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != sha256:
+    if sha256_of(path) != sha256:
         raise UserError(f"{path}: its sha256 is not the one in index.json; {MEND}")
     try:
-        documents = np.load(io.BytesIO(raw), allow_pickle=False)
+        documents = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{path}: not a plain array ({error}); {MEND}") from None
-    if documents.dtype != np.int64 or documents.ndim != 2 or documents.shape[1] != 3:
+    if documents.dtype != np.dtype("<i8") or documents.ndim != 2 or documents.shape[1] != 3 or not documents.flags.c_contiguous:
         raise UserError(f"{path}: {documents.dtype} {documents.shape} is not int64 (documents, 3); {MEND}")
     return documents
 
 
 def _check_totals(path: Path, fields: dict, shards: tuple[Shard, ...], documents: np.ndarray) -> None:
-    number, _, tokens = documents.T
+    """Piece by piece: there may be more documents than fit into memory."""
     if not len(documents):
         raise UserError(f"{path}: the split has no documents; {MEND}")
-    if (np.diff(number) < 0).any() or number[0] != 0 or number[-1] != len(shards) - 1 or (tokens < 2).any():
-        raise UserError(f"{path.parent / 'documents.npy'}: shard numbers or token counts are out of range; {MEND}")
-    per_shard = np.bincount(number, minlength=len(shards)), np.bincount(number, tokens, len(shards)).astype(np.int64)
+    per_shard, last = np.zeros((2, len(shards)), np.int64), 0
+    for begin in range(0, len(documents), CHUNK):
+        number, _, tokens = np.array(documents[begin : begin + CHUNK]).T
+        in_order = begin or number[0] == 0
+        if not in_order or number[0] < last or (np.diff(number) < 0).any() or number[-1] >= len(shards) or (tokens < 2).any():
+            raise UserError(f"{path.parent / 'documents.npy'}: shard numbers or token counts are out of range; {MEND}")
+        first, last = int(number[0]), int(number[-1])
+        sums = np.concatenate([[0], np.cumsum(tokens)])
+        edges = np.searchsorted(number, np.arange(first, last + 2))
+        per_shard[:, first : last + 1] += np.diff([edges, sums[edges]])
     for i, shard in enumerate(shards):
-        if (shard.documents, shard.tokens) != (per_shard[0][i], per_shard[1][i]):
+        if (shard.documents, shard.tokens) != tuple(per_shard[:, i]) or not shard.documents:
             raise UserError(f"{path}: {shard.name} has {shard.documents} documents and {shard.tokens} tokens there, "
-                            f"{per_shard[0][i]} and {per_shard[1][i]} in documents.npy; {MEND}")  # fmt: skip
+                            f"{per_shard[0, i]} and {per_shard[1, i]} in documents.npy; {MEND}")  # fmt: skip
     if len({shard.name for shard in shards}) != len(shards):
         raise UserError(f"{path}: a shard is listed twice; {MEND}")
-    for key, total in dict(documents=len(documents), tokens=int(tokens.sum())).items():
+    for key, total in dict(documents=len(documents), tokens=int(per_shard[1].sum())).items():
         if fields[key] != total:
             raise UserError(f"{path}: {key} is {fields[key]}, its shards add up to {total}; {MEND}")
 
@@ -237,11 +258,25 @@ def _check_size(index: Index, number: int) -> Path:
     return path
 
 
+def _check_vocabulary(index: Index, number: int, data: np.ndarray) -> None:
+    """data: the whole tar as tokens."""
+    rows = index.rows(number)
+    begins = rows[:, 1] // index.dtype.itemsize
+    edges = np.stack([begins, begins + rows[:, 2]], 1).ravel()
+    most = np.maximum.reduceat(data, edges)[::2]  # every other one is of what lies between documents
+    if most.max() >= index.vocab_size:
+        document = int(np.argmax(most >= index.vocab_size))
+        raise UserError(f"{index.folder / index.shards[number].name}: token {most[document]} in document "
+                        f"{index.first_document(number) + document} is outside the vocabulary of {index.vocab_size}; prepare "
+                        "the data again with the tokenizer beside it")  # fmt: skip
+
+
 def _fault_of_size(index: Index, number: int, size: int) -> str:
     if size > index.shards[number].bytes:
         return f"what is from byte {index.shards[number].bytes} on does not belong to it"
     first, last = index.first_document(number), index.first_document(number + 1)
-    ends = index.documents[first:last, 1] + index.documents[first:last, 2] * index.dtype.itemsize
+    rows = index.rows(number)
+    ends = rows[:, 1] + rows[:, 2] * index.dtype.itemsize
     whole = first + int((ends <= size).sum())
     return f"cut at byte {size}, in its end mark" if whole == last else f"cut at byte {size}, in or before document {whole}"
 
@@ -253,7 +288,8 @@ def _fault_of_members(index: Index, number: int, data: np.ndarray) -> str | None
     with its byte.
     """
     first, last = index.first_document(number), index.first_document(number + 1)
-    offsets, sizes = index.documents[first:last, 1], index.documents[first:last, 2] * index.dtype.itemsize
+    rows = index.rows(number)
+    offsets, sizes = rows[:, 1], rows[:, 2] * index.dtype.itemsize
     expected = payload_offsets(sizes)
     if (offsets != expected[:-1]).any():
         at = first + int(np.argmax(offsets != expected[:-1]))

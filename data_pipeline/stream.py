@@ -1,8 +1,6 @@
 """The token stream: sample number in, a window of tokens with labels and document starts out.
 
-An epoch joins the shards, in permuted order, into one line of tokens and cuts it into windows of `seq_len` tokens plus one
-label token; windows are permuted within blocks. Sample g is window `permute(g mod n_windows)` of epoch `g // n_windows`: who
-reads it, when, and what was read before do not matter.
+Which sample is which window follows from its number alone, see `data_pipeline.windows`.
 """
 from __future__ import annotations
 
@@ -14,11 +12,10 @@ import numpy as np
 import torch
 
 from data_pipeline import digest
-from data_pipeline.index import Index, load_index, open_shard
-from data_pipeline.order import derive_key, permutation, permute
+from data_pipeline.index import load_index, open_shard
+from data_pipeline.windows import IGNORE, Windows
 from serpent_scale.errors import UserError
 
-IGNORE = -100  # label of a token whose successor is not to be learned
 STATE_FORMAT = 2
 
 
@@ -42,9 +39,7 @@ class Sample:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths of the window's pieces of documents, in order, summing to seq_len; the first may continue a document."""
-        starts = self.starts.tolist()
-        edges = [0, *(starts[1:] if starts[:1] == [0] else starts), len(self.tokens)]
-        return tuple(b - a for a, b in zip(edges, edges[1:]))
+        return _lengths(self.starts.tolist(), len(self.tokens))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +59,9 @@ class Batch:
     digest: int
 
 
-@dataclass(frozen=True, eq=False)
-class OpenShard:
-    """A verified shard. data: its tar as tokens; begins (n_documents + 1,): where documents begin, in tokens of this shard;
-    element (n_documents,): token t of the shard, in document d, is data[t + element[d]]."""
-
-    data: np.ndarray
-    begins: np.ndarray
-    element: np.ndarray
+def _lengths(starts: list[int], seq_len: int) -> tuple[int, ...]:
+    edges = [0, *(starts[1:] if starts[:1] == [0] else starts), seq_len]
+    return tuple(b - a for a, b in zip(edges, edges[1:]))
 
 
 class TokenStream:
@@ -83,11 +73,9 @@ class TokenStream:
 
     def __init__(self, folder: str | Path, split: str, seq_len: int, seed: int | None, shuffle_block: int):
         """folder: DATA, holding DATA/SPLIT. seed None: windows in stored order, see `ordered`."""
-        self.index = load_index(Path(folder) / split)
+        self.windows = Windows(load_index(Path(folder) / split), seq_len, seed, shuffle_block)
+        self.index, self.n_windows = self.windows.index, self.windows.n_windows
         self.seq_len, self.seed, self.shuffle_block = seq_len, seed, shuffle_block
-        self.n_windows = -(-self.index.tokens // seq_len)
-        self._shards: dict[int, OpenShard] = {}
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def ordered(cls, folder: str | Path, split: str, seq_len: int) -> TokenStream:
@@ -96,21 +84,37 @@ class TokenStream:
 
     def sample(self, g: int) -> Sample:
         """Sample g >= 0."""
-        tokens, labels = np.empty((2, self.seq_len), np.int64)
-        return Sample(tokens, labels, self._fill(g, tokens, labels))
+        tokens, labels, rows, _ = self._read(g, 1)
+        return Sample(tokens[0], labels[0], np.array(rows[0], np.int64))
 
     def batch(self, first: int, n: int) -> Batch:
         """Samples first, …, first + n - 1."""
-        tokens, labels = np.empty((2, n, self.seq_len), np.int64)
-        reset = np.zeros((n, self.seq_len), bool)
-        lengths, total = [], 0
-        for row in range(n):
-            starts = self._fill(first + row, tokens[row], labels[row])
+        tokens, labels, rows, consumed = self._read(first, n)
+        reset = np.zeros(tokens.shape, bool)
+        for row, starts in enumerate(rows):
             reset[row, starts] = True
-            lengths.append(Sample(tokens[row], labels[row], starts).lengths)
-            total += digest.of_sample(first + row, tokens[row], int(labels[row, -1]), starts, self.index.dtype)
+        lengths = tuple(_lengths(starts, tokens.shape[1]) for starts in rows)
         tensors = map(torch.from_numpy, (tokens, labels, reset))
-        return Batch(*tensors, lengths=tuple(lengths), samples=range(first, first + n), digest=total % digest.MODULUS)
+        return Batch(*tensors, lengths=lengths, samples=range(first, first + n), digest=consumed)
+
+    def _read(self, first: int, n: int) -> tuple[np.ndarray, np.ndarray, list[list[int]], int]:
+        """Tokens and labels (n, seq_len) int64 of samples first, …, their starts, and the sum of their digests."""
+        # The index's dtype to the last: a quarter of the memory traffic.
+        lines, rows, total = np.empty((n, self.seq_len + 1), self.index.dtype), [], 0
+        changed_rows, changed_columns, changes = [], [], []
+        for row, line in enumerate(lines):
+            starts, columns, values = self.windows.read(first + row, line)
+            last = values[-1] if columns and columns[-1] == self.seq_len - 1 else int(line[-1])
+            if starts and starts[-1] == self.seq_len:
+                starts.pop()
+            total += digest.of_sample(first + row, line[:-1], last, starts, self.index.dtype)
+            changed_rows += [row] * len(columns)
+            changed_columns += columns
+            changes += values
+            rows.append(starts)
+        tokens, labels = lines[:, :-1].astype(np.int64), lines[:, 1:].astype(np.int64)
+        labels[changed_rows, changed_columns] = changes
+        return tokens, labels, rows, total % digest.MODULUS
 
     def state(self, next_sample: int, consumed: int) -> dict:
         """All there is to know to continue at `next_sample`. consumed: the sum of the digests of the samples before it."""
@@ -148,81 +152,6 @@ class TokenStream:
             raise UserError(f"data state: digest {state['digest']!r} is not one of {number} samples; use another checkpoint")
         return number, consumed
 
-    def spans(self, g: int) -> list[tuple[int, int, int]]:
-        """Where sample g and its label token lie: (shard, first, last) in tokens of the shard, in the order they are joined.
-
-        The cost does not depend on g, nor on what was read before; the first g of an epoch permutes the shards' numbers.
-        """
-        if g < 0:
-            raise ValueError(f"sample {g} is negative")
-        epoch, window = divmod(g, self.n_windows)
-        order, begins = self._shard_order(epoch)
-        at = self._window(epoch, window) * self.seq_len
-        end = min(at + self.seq_len + 1, self.index.tokens)
-        place, spans = int(np.searchsorted(begins, at, "right")) - 1, []
-        while at < end:
-            begin, stop = int(begins[place]), min(end, int(begins[place + 1]))
-            spans.append((int(order[place]), at - begin, stop - begin))
-            at, place = stop, place + 1
-        return spans
-
-    def _fill(self, g: int, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Write sample g into tokens and labels, both (seq_len,); returns its starts."""
-        line = np.full(self.seq_len + 1, self.index.eot_id, np.int64)
-        filled, starts = 0, []
-        for shard, first, last in self.spans(g):
-            starts.append(self._read(shard, first, last, line[filled : filled + last - first]) + filled)
-            filled += last - first
-        if filled <= self.seq_len:  # the epoch ends in or right after this window: what follows is padding
-            starts.append(np.array([filled]))
-            line[filled:] = self.index.eot_id
-        starts = np.concatenate(starts)
-        tokens[:], labels[:] = line[:-1], line[1:]
-        labels[starts[starts > 0] - 1] = IGNORE
-        labels[filled:] = IGNORE
-        return starts[starts < self.seq_len]
-
-    def _window(self, epoch: int, window: int) -> int:
-        if self.seed is None:
-            return window
-        block = window // self.shuffle_block
-        begin = block * self.shuffle_block
-        size = min(self.shuffle_block, self.n_windows - begin)
-        return begin + permute(window - begin, size, derive_key("windows", self.seed, epoch, block))
-
-    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of an epoch (n,), and where each begins in its line of tokens (n + 1,)."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            n = len(self.index.shards)
-            order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
-            self._epoch = epoch, order, np.concatenate([[0], np.cumsum(self.index.shard_tokens[order])])
-        return self._epoch[1:]
-
-    def _read(self, shard: int, first: int, last: int, out: np.ndarray) -> np.ndarray:
-        """Copy tokens [first, last) of a shard to out; returns positions in out where documents begin."""
-        if shard not in self._shards:
-            self._shards[shard] = self._open(shard)
-        opened = self._shards[shard]
-        data, document_begins, element = opened.data, opened.begins, opened.element
-        d0 = int(np.searchsorted(document_begins, first, "right")) - 1
-        d1 = int(np.searchsorted(document_begins, last, "left"))
-        if d1 - d0 == 1:
-            begin = first + int(element[d0])
-            out[:] = data[begin : begin + last - first]
-        else:
-            edges = np.clip(document_begins[d0 : d1 + 1], first, last)
-            out[:] = data[np.arange(first, last) + np.repeat(element[d0:d1], np.diff(edges))]
-        if out.max() >= self.index.vocab_size:
-            document = int(np.searchsorted(document_begins, first + int(out.argmax()), "right")) - 1
-            raise _foreign_token(self.index, shard, self.index.first_document(shard) + document, int(out.max()))
-        begins = document_begins[d0:d1]
-        return begins[begins >= first] - first
-
-    def _open(self, shard: int) -> OpenShard:
-        documents = self.index.documents[self.index.first_document(shard) : self.index.first_document(shard + 1)]
-        begins = np.concatenate([[0], np.cumsum(documents[:, 2])])
-        return OpenShard(open_shard(self.index, shard), begins, documents[:, 1] // self.index.dtype.itemsize - begins[:-1])
-
 
 def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
     """Tokens (n,) int64 of each document of DATA/SPLIT in stored order, with the mark before and after it.
@@ -232,13 +161,9 @@ def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
     index = load_index(Path(folder) / split)
     for shard in range(len(index.shards)):
         data = open_shard(index, shard)
-        for number in range(index.first_document(shard), index.first_document(shard + 1)):
-            _, offset, length = index.documents[number].tolist()
+        for _, offset, length in index.rows(shard).tolist():
             begin = offset // index.dtype.itemsize
-            tokens = data[begin : begin + length].astype(np.int64)
-            if tokens.max() >= index.vocab_size:
-                raise _foreign_token(index, shard, number, int(tokens.max()))
-            yield tokens
+            yield data[begin : begin + length].astype(np.int64)
 
 
 def token_counts(folder: str | Path, split: str) -> np.ndarray:
@@ -252,10 +177,3 @@ def token_counts(folder: str | Path, split: str) -> np.ndarray:
             counts += np.bincount(np.concatenate(held), minlength=index.vocab_size)
             held, size = [], 0
     return counts + np.bincount(np.concatenate([np.empty(0, np.int64), *held]), minlength=index.vocab_size)
-
-
-def _foreign_token(index: Index, shard: int, document: int, token: int) -> UserError:
-    return UserError(
-        f"{index.folder / index.shards[shard].name}: token {token} in document {document} is outside the vocabulary of "
-        f"{index.vocab_size}; prepare the data again with the tokenizer beside it"
-    )

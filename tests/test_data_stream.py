@@ -14,8 +14,9 @@ import torch
 from data_pipeline import order
 from data_pipeline.index import load_index, verify_shard
 from data_pipeline.shards import prepare_split
-from data_pipeline.stream import IGNORE, TokenStream, documents, token_counts
+from data_pipeline.stream import TokenStream, documents, token_counts
 from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.windows import IGNORE
 from serpent_scale.errors import UserError
 
 LENGTHS = [1, 700, 3, 1, 1, 40, 2, 90, 260, 5, 1, 33, 64, 62, 61, 1, 9]

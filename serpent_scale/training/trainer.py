@@ -163,7 +163,7 @@ class Trainer:
         return {
             "loss": loss, "grad_norm": norm, "lr": rate, "tokens": self.tokens, "tokens_per_second": tokens / seconds,
             "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
-            "step_seconds": seconds, "data_seconds": data_seconds,
+            "step_seconds": seconds, "data_seconds": data_seconds, "data_share": data_seconds / seconds,
             "data_digest": digest.to_hex(self.digest),
         }
 

@@ -1,0 +1,138 @@
+"""One split as an endless row of windows: what window k holds is a function of (index, seed, block size, k).
+
+An epoch joins the shards, in permuted order, into one line of tokens and cuts it into windows of `seq_len` tokens plus one
+label token; windows are permuted within blocks. Window k is window `permute(k mod n_windows)` of epoch `k // n_windows`: who
+reads it, when, and what was read before do not matter.
+"""
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.index import Index, open_shard
+from data_pipeline.order import derive_key, permutation, permute
+
+IGNORE = -100  # label of a token whose successor is not to be learned
+OPEN_BYTES = 512 << 20  # of mapped shards and tables of their documents; those used last stay open
+FEW = 16  # pieces of documents up to which a copy each is faster than one gather
+
+
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """A verified shard. data: its tar as tokens; begins (n_documents + 1,): where documents begin, in tokens of this shard;
+    element (n_documents,): token t of the shard, in document d, is data[t + element[d]]."""
+
+    data: np.ndarray
+    begins: np.ndarray
+    element: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.begins.nbytes + self.element.nbytes
+
+
+class Windows:
+    """The windows of one split.
+
+    A shard is hashed and compared with the index just before its first token is read (UserError).
+    """
+
+    def __init__(self, index: Index, seq_len: int, seed: int | None, shuffle_block: int):
+        """seed None: windows in stored order."""
+        self.index, self.seq_len, self.seed, self.shuffle_block = index, seq_len, seed, shuffle_block
+        self.n_windows = -(-index.tokens // seq_len)
+        self._verified: set[int] = set()
+        self._opened: OrderedDict[int, OpenShard] = OrderedDict()
+        self._epoch: tuple[int, list[int], list[int]] | None = None
+        self._block = (-1, -1, 0, 0, 0)  # epoch, number, first window, windows, key
+
+    def spans(self, k: int, part: int = 0, parts: int = 1) -> list[tuple[int, int, int]]:
+        """Where part `part` of `parts` equal ones of window k and its label token lie: (shard, first, last) in tokens of the
+        shard, in the order they are joined.
+
+        The cost does not depend on k, nor on what was read before; the first k of an epoch permutes the shards' numbers.
+        """
+        if k < 0:
+            raise ValueError(f"window {k} is negative")
+        epoch, window = divmod(k, self.n_windows)
+        order, begins = self._shard_order(epoch)
+        length = self.seq_len // parts
+        at = self._permuted(epoch, window) * self.seq_len + part * length
+        end = min(at + length + 1, begins[-1])
+        place, spans = bisect_right(begins, at) - 1, []
+        while at < end:
+            begin, stop = begins[place], min(end, begins[place + 1])
+            spans.append((order[place], at - begin, stop - begin))
+            at, place = stop, place + 1
+        return spans
+
+    def read(self, k: int, line: np.ndarray, part: int = 0, parts: int = 1) -> tuple[list[int], list[int], list[int]]:
+        """Write part `part` of window k and its label token into line (seq_len / parts + 1,), of the index's dtype.
+
+        Returns ascending starts of documents, the padding of an epoch's last window being one, up to the label token's
+        place; and positions t whose label is not line[t + 1], with those labels.
+        """
+        starts, at = [], 0
+        for shard, first, last in self.spans(k, part, parts):
+            self._copy(shard, first, last, line, at, starts)
+            at += last - first
+        if at < len(line):  # the epoch ends in or right after this: what follows is padding
+            starts.append(at)
+            line[at:] = self.index.eot_id
+        ends = [start - 1 for start in starts if start]
+        if at < len(line):
+            ends += range(at, len(line) - 1)
+        return starts, ends, [IGNORE] * len(ends)
+
+    def _permuted(self, epoch: int, window: int) -> int:
+        if self.seed is None:
+            return window
+        number = window // self.shuffle_block
+        if self._block[:2] != (epoch, number):
+            begin = number * self.shuffle_block
+            size = min(self.shuffle_block, self.n_windows - begin)
+            self._block = epoch, number, begin, size, derive_key("windows", self.seed, epoch, number)
+        _, _, begin, size, key = self._block
+        return begin + permute(window - begin, size, key)
+
+    def _shard_order(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Shards in the order of an epoch (n,), and where each begins in its line of tokens (n + 1,)."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            n = len(self.index.shards)
+            order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
+            self._epoch = epoch, order.tolist(), [0, *np.cumsum(self.index.shard_tokens[order]).tolist()]
+        return self._epoch[1:]
+
+    def _copy(self, shard: int, first: int, last: int, line: np.ndarray, at: int, starts: list[int]) -> None:
+        """Copy tokens [first, last) of a shard to line[at:]; appends to starts where documents begin."""
+        opened = self._open(shard)
+        d0, d1 = opened.begins.searchsorted((first + 1, last)).tolist()
+        begins, element = opened.begins[d0:d1].tolist(), opened.element[d0 - 1 : d1]
+        if opened.begins[d0 - 1] == first:
+            starts.append(at)
+        starts += [at + begin - first for begin in begins]
+        if len(begins) > FEW:
+            edges = np.array([first, *begins, last])
+            line[at : at + last - first] = opened.data[np.arange(first, last) + np.repeat(element, np.diff(edges))]
+            return
+        begin = first
+        for stop, shift in zip([*begins, last], element.tolist()):
+            line[at : at + stop - begin] = opened.data[begin + shift : stop + shift]
+            at, begin = at + stop - begin, stop
+
+    def _open(self, shard: int) -> OpenShard:
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        data = open_shard(self.index, shard, verified=shard in self._verified)
+        self._verified.add(shard)
+        documents = self.index.rows(shard)
+        begins = np.concatenate([[0], np.cumsum(documents[:, 2])])
+        opened = OpenShard(data, begins, documents[:, 1] // self.index.dtype.itemsize - begins[:-1])
+        self._opened[shard] = opened
+        while len(self._opened) > 1 and sum(other.nbytes for other in self._opened.values()) > OPEN_BYTES:
+            self._opened.popitem(last=False)
+        return opened
