@@ -26,6 +26,10 @@ CHUNK = 1 << 20  # documents checked at a time
 MEND = "restore it from a copy, or prepare the data again in an empty folder"
 
 
+class ShardDamage(UserError):
+    """A shard is missing or not what the index says."""
+
+
 @dataclass(frozen=True)
 class Shard:
     name: str
@@ -124,10 +128,11 @@ _FIELDS = dict(
 _SHARD_FIELDS = dict(name=str, documents=int, tokens=int, bytes=int, sha256=str)
 
 
-def load_index(folder: Path) -> Index:
+def load_index(folder: Path, check_shards: bool = True) -> Index:
     """Open the split in `folder` (DATA/SPLIT).
 
-    Raises UserError when the index or tokenizer is missing or wrong, or a shard is missing or of another size.
+    Raises UserError when the index or tokenizer is missing or wrong, or, with `check_shards`, a shard is missing or of another
+    size.
     """
     folder = Path(folder)
     path = folder / "index.json"
@@ -158,7 +163,7 @@ def load_index(folder: Path) -> Index:
     fields["dtype"] = DTYPES[fields["dtype"]]
     index = Index(folder=folder, sha256=hashlib.sha256(raw).hexdigest(), shards=shards, documents=documents, **fields)
     _check_tokenizer(index)
-    for number in range(len(shards)):
+    for number in range(len(shards) if check_shards else 0):
         _check_size(index, number)
     return index
 
@@ -166,7 +171,7 @@ def load_index(folder: Path) -> Index:
 def verify_shard(index: Index, number: int) -> None:
     """Read shard `number` whole: its size, its sha256, and that its members are the documents the index says, no others.
 
-    Raises UserError naming the shard, and the byte where it is known.
+    Raises ShardDamage naming the shard, and the byte where it is known.
     """
     path, expected = _check_size(index, number), index.shards[number].sha256
     digest = sha256_of(path)
@@ -175,9 +180,9 @@ def verify_shard(index: Index, number: int) -> None:
         others = [shard.name for shard in index.shards if shard.sha256 == digest]
         fault = fault or "names and sizes are as indexed, other bytes differ"
         fault = f"it is {others[0]} under another name" if others else fault
-        raise UserError(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
+        raise ShardDamage(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
     if fault:
-        raise UserError(f"{path}: {fault}; {MEND}")
+        raise ShardDamage(f"{path}: {fault}; {MEND}")
     _check_vocabulary(index, number, np.memmap(path, index.dtype, "r"))
 
 
@@ -251,9 +256,9 @@ def _check_size(index: Index, number: int) -> Path:
     shard = index.shards[number]
     path = index.folder / shard.name
     if not path.is_file():
-        raise UserError(f"{path}: missing; {MEND}")
+        raise ShardDamage(f"{path}: missing; {MEND}")
     if path.stat().st_size != shard.bytes:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
+        raise ShardDamage(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
                         f"{_fault_of_size(index, number, path.stat().st_size)}; {MEND}")  # fmt: skip
     return path
 
@@ -266,7 +271,7 @@ def _check_vocabulary(index: Index, number: int, data: np.ndarray) -> None:
     most = np.maximum.reduceat(data, edges)[::2]  # every other one is of what lies between documents
     if most.max() >= index.vocab_size:
         document = int(np.argmax(most >= index.vocab_size))
-        raise UserError(f"{index.folder / index.shards[number].name}: token {most[document]} in document "
+        raise ShardDamage(f"{index.folder / index.shards[number].name}: token {most[document]} in document "
                         f"{index.first_document(number) + document} is outside the vocabulary of {index.vocab_size}; prepare "
                         "the data again with the tokenizer beside it")  # fmt: skip
 

@@ -6,17 +6,21 @@ reads it, when, and what was read before do not matter.
 """
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.index import Index, open_shard
+from data_pipeline.index import Index, ShardDamage, open_shard
 from data_pipeline.order import derive_key, permutation, permute
+from serpent_scale.errors import UserError
 
 IGNORE = -100  # label of a token whose successor is not to be learned
 OPEN_BYTES = 512 << 20  # of mapped shards and tables of their documents; those used last stay open
+MAX_SKIPPED = 32  # damaged shards: more is no accident, and their list is part of the state
 FEW = 16  # pieces of documents up to which a copy each is faster than one gather
 
 
@@ -37,13 +41,17 @@ class OpenShard:
 class Windows:
     """The windows of one split.
 
-    A shard is hashed and compared with the index just before its first token is read (UserError).
+    A shard is hashed and compared with the index just before its first token is read. If it is damaged, that is a UserError,
+    or, with `skip_damaged`, a warning: the shard's number is in `skipped` from then on, what is in it reads as padding, and all
+    other tokens keep their places.
     """
 
-    def __init__(self, index: Index, seq_len: int, seed: int | None, shuffle_block: int):
+    def __init__(self, index: Index, seq_len: int, seed: int | None, shuffle_block: int, skip_damaged: bool = False):
         """seed None: windows in stored order."""
         self.index, self.seq_len, self.seed, self.shuffle_block = index, seq_len, seed, shuffle_block
+        self.skip_damaged, self.skipped, self.tokens_skipped = skip_damaged, set(), 0
         self.n_windows = -(-index.tokens // seq_len)
+        self._line = index.shard_tokens  # what each shard contributes to the line of an epoch
         self._verified: set[int] = set()
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
         self._epoch: tuple[int, list[int], list[int]] | None = None
@@ -73,19 +81,36 @@ class Windows:
         """Write part `part` of window k and its label token into line (seq_len / parts + 1,), of the index's dtype.
 
         Returns ascending starts of documents, the padding of an epoch's last window being one, up to the label token's
-        place; and positions t whose label is not line[t + 1], with those labels.
+        place; and ascending positions t whose label is not line[t + 1], with those labels. `tokens_skipped` counts.
         """
-        starts, at = [], 0
+        starts, blank, at, size = [], [], 0, len(line)
         for shard, first, last in self.spans(k, part, parts):
-            self._copy(shard, first, last, line, at, starts)
-            at += last - first
-        if at < len(line):  # the epoch ends in or right after this: what follows is padding
-            starts.append(at)
-            line[at:] = self.index.eot_id
+            opened, after = self._open(shard), at + last - first
+            if opened is None:
+                blank.append((at, after))
+                self.tokens_skipped += min(after, size - 1) - at
+            else:
+                _copy(opened, first, last, line[at:after], at, starts)
+            at = after
+        if at < size:  # the epoch ends in or right after this: what follows is padding
+            blank.append((at, size))
         ends = [start - 1 for start in starts if start]
-        if at < len(line):
-            ends += range(at, len(line) - 1)
+        if blank:
+            for begin, stop in blank:
+                line[begin:stop] = self.index.eot_id
+                starts.append(begin)
+                ends += range(max(begin - 1, 0), min(stop, size - 1))
+            starts.sort()
+            ends = sorted(set(ends))
         return starts, ends, [IGNORE] * len(ends)
+
+    def skip(self, shards: Iterable[int]) -> None:
+        """Treat these shards as damaged. Raises UserError when they are too many."""
+        self.skipped.update(shards)
+        for shard in self.skipped & self._opened.keys():
+            del self._opened[shard]
+        if len(self.skipped) > MAX_SKIPPED:
+            raise UserError(f"{self.index.folder}: more than {MAX_SKIPPED} shards are damaged; restore the data")
 
     def _permuted(self, epoch: int, window: int) -> int:
         if self.seed is None:
@@ -103,31 +128,24 @@ class Windows:
         if self._epoch is None or self._epoch[0] != epoch:
             n = len(self.index.shards)
             order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
-            self._epoch = epoch, order.tolist(), [0, *np.cumsum(self.index.shard_tokens[order]).tolist()]
+            self._epoch = epoch, order.tolist(), [0, *np.cumsum(self._line[order]).tolist()]
         return self._epoch[1:]
 
-    def _copy(self, shard: int, first: int, last: int, line: np.ndarray, at: int, starts: list[int]) -> None:
-        """Copy tokens [first, last) of a shard to line[at:]; appends to starts where documents begin."""
-        opened = self._open(shard)
-        d0, d1 = opened.begins.searchsorted((first + 1, last)).tolist()
-        begins, element = opened.begins[d0:d1].tolist(), opened.element[d0 - 1 : d1]
-        if opened.begins[d0 - 1] == first:
-            starts.append(at)
-        starts += [at + begin - first for begin in begins]
-        if len(begins) > FEW:
-            edges = np.array([first, *begins, last])
-            line[at : at + last - first] = opened.data[np.arange(first, last) + np.repeat(element, np.diff(edges))]
-            return
-        begin = first
-        for stop, shift in zip([*begins, last], element.tolist()):
-            line[at : at + stop - begin] = opened.data[begin + shift : stop + shift]
-            at, begin = at + stop - begin, stop
-
-    def _open(self, shard: int) -> OpenShard:
+    def _open(self, shard: int) -> OpenShard | None:
+        """None: it is to be skipped."""
         if shard in self._opened:
             self._opened.move_to_end(shard)
             return self._opened[shard]
-        data = open_shard(self.index, shard, verified=shard in self._verified)
+        if shard in self.skipped:
+            return None
+        try:
+            data = open_shard(self.index, shard, verified=shard in self._verified)
+        except ShardDamage as error:
+            if not self.skip_damaged:
+                raise
+            print(f"warning: {error}; skipped, its {self.index.shards[shard].tokens:,} tokens are left out", file=sys.stderr, flush=True)
+            self.skip([shard])
+            return None
         self._verified.add(shard)
         documents = self.index.rows(shard)
         begins = np.concatenate([[0], np.cumsum(documents[:, 2])])
@@ -136,3 +154,20 @@ class Windows:
         while len(self._opened) > 1 and sum(other.nbytes for other in self._opened.values()) > OPEN_BYTES:
             self._opened.popitem(last=False)
         return opened
+
+
+def _copy(opened: OpenShard, first: int, last: int, out: np.ndarray, at: int, starts: list[int]) -> None:
+    """Copy tokens [first, last) of a shard to out; appends to starts where documents begin, `at` being where out begins."""
+    d0, d1 = opened.begins.searchsorted((first + 1, last)).tolist()
+    begins, element = opened.begins[d0:d1].tolist(), opened.element[d0 - 1 : d1]
+    if opened.begins[d0 - 1] == first:
+        starts.append(at)
+    starts += [at + begin - first for begin in begins]
+    if len(begins) > FEW:
+        edges = np.array([first, *begins, last])
+        out[:] = opened.data[np.arange(first, last) + np.repeat(element, np.diff(edges))]
+        return
+    begin = first
+    for stop, shift in zip([*begins, last], element.tolist()):
+        out[begin - first : stop - first] = opened.data[begin + shift : stop + shift]
+        begin = stop

@@ -11,6 +11,7 @@ import torch
 from data_pipeline import digest, order, windows
 from data_pipeline import index as data_index
 from data_pipeline.index import Index, Shard
+from data_pipeline.schedule import Schedule
 from data_pipeline.stream import TokenStream
 from data_pipeline.windows import Windows
 from serpent_scale.config import TrainingConfig
@@ -36,13 +37,14 @@ class Rank:
 
     def __init__(self, folder, training, world, rank, step, ahead):
         self.stream, self.training, self.world, self.rank = open_stream(folder), training, world, rank
+        self.stage = Schedule(SEQ_LEN, training.global_batch).stage(0)
         self.accumulation = training.global_batch // (world * training.micro_batch)
         self.ahead, self.fetched, self.next = ahead, deque(), step * self.accumulation
 
     def take(self):
         """The batch whose turn it is."""
         while len(self.fetched) <= self.ahead:
-            first = first_sample(self.training, self.world, self.rank, *divmod(self.next, self.accumulation))
+            first = first_sample(self.stage, self.training.micro_batch, self.world, self.rank, *divmod(self.next, self.accumulation))
             self.fetched.append(self.stream.batch(first, self.training.micro_batch))
             self.next += 1
         return self.fetched.popleft()
@@ -129,7 +131,7 @@ def test_shards_that_do_not_fit_are_opened_again_and_hashed_once(data, monkeypat
     tight = open_stream(data)
     assert tight.batch(0, tight.n_windows).digest == roomy.batch(0, tight.n_windows).digest
     n_shards = len(tight.index.shards)
-    assert len(tight.windows._opened) == 1 and sorted(hashed) == sorted(2 * [*range(n_shards)])
+    assert len(tight.sources[0]._opened) == 1 and sorted(hashed) == sorted(2 * [*range(n_shards)])
 
 
 def test_the_digest_knows_every_change_of_a_sample(data):

@@ -152,7 +152,7 @@ def test_state_goes_round_and_names_what_differs(data, tmp_path):
     ]:
         with pytest.raises(UserError, match=f"{key} was"):
             other.check_state(state)
-    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 3}, {"seed": True}, {"more": 1}, {"digest": None},
+    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 4}, {"seed": True}, {"more": 1}, {"digest": None},
                    {"digest": "ff"}, {"digest": "F" * 32}, {"digest": 5}, {"next_sample": 0}):  # fmt: skip
         with pytest.raises(UserError, match="data state"):
             stream.check_state(state | change)
