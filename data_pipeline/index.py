@@ -8,26 +8,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.files import sha256_of, write_atomically
+from data_pipeline.places import Cache, Damage, Remote, is_remote
 from serpent_scale.errors import UserError
 
 FORMAT = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER = 512  # of a tar member, and what its payload is padded to
+NPY_HEADER, ROW = 128, 24  # bytes of documents.npy before its first document, and of one
 RECORD = 10240  # what a tar file is padded to
 CHUNK = 1 << 20  # documents checked at a time
 MEND = "restore it from a copy, or prepare the data again in an empty folder"
-
-
-class ShardDamage(UserError):
-    """A shard is missing or not what the index says."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Index:
     word_rule: str
     shards: tuple[Shard, ...]
     documents: np.ndarray
+    remote: Remote | None = None  # where the shards are, if `folder` only mirrors what describes them
 
     @property
     def n_documents(self) -> int:
@@ -74,12 +74,24 @@ class Index:
         """Tokens of each shard, (n_shards,) int64."""
         return np.array([shard.tokens for shard in self.shards], np.int64)
 
+    def remote_file(self, shard: int) -> tuple[str, int, str]:
+        """Name, size and sha256 of a shard below `remote`."""
+        found = self.shards[shard]
+        return f"{self.folder.name}/{found.name}", found.bytes, found.sha256
+
+    def beside(self, name: str) -> Path:
+        """A file in the split's folder, fetched if that is elsewhere."""
+        if self.remote is not None:
+            with self.remote.cache.locked(self.folder.parent.name):
+                _update(self.folder / name, self.remote.small(f"{self.folder.name}/{name}"))
+        return self.folder / name
+
     def rows(self, shard: int) -> np.ndarray:
         """The documents of a shard. A copy, so that an index of any size takes no memory but what is in use."""
         first, last = self.first_document(shard), self.first_document(shard + 1)
         if not isinstance(self.documents, np.memmap):
             return np.array(self.documents[first:last])
-        at = self.documents.offset + first * 24
+        at = self.documents.offset + first * ROW
         rows = np.fromfile(self.documents.filename, "<i8", 3 * (last - first), offset=at).reshape(-1, 3)
         if len(rows) != last - first:
             raise UserError(f"{self.documents.filename}: cut since it was opened; {MEND}")
@@ -128,6 +140,44 @@ _FIELDS = dict(
 _SHARD_FIELDS = dict(name=str, documents=int, tokens=int, bytes=int, sha256=str)
 
 
+def load_split(data: str | Path, split: str, cache: Cache | None = None, check_shards: bool = True) -> Index:
+    """Open DATA/SPLIT, DATA being a folder or a URL, whose shards are fetched into the cache when they are needed. Raises
+    UserError as `load_index` does, and when a URL is refused or cannot be reached."""
+    if not is_remote(data):
+        return load_index(Path(data) / split, check_shards)
+    if cache is None:
+        raise UserError(f"{data}: data elsewhere needs a place to be kept; set data.cache to a folder on a local disk")
+    remote = Remote(str(data), cache)
+    # What describes the split is fetched each time: nothing says beforehand what is in it.
+    folder = cache.folder / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / split
+    with cache.locked(folder.parent.name):
+        folder.mkdir(parents=True, exist_ok=True)
+        _update(folder.parent / "tokenizer.json", remote.small("tokenizer.json"))
+        raw = remote.small(f"{split}/index.json")
+        _update(folder / "index.json", raw)
+        try:
+            fields = json.loads(raw)
+            size, sha256 = NPY_HEADER + ROW * int(fields["documents"]), str(fields["documents_sha256"])
+        except (ValueError, KeyError, TypeError):
+            pass  # load_index says what is wrong
+        else:
+            _link(remote.get(f"{split}/documents.npy", size, sha256), folder / "documents.npy")
+        return replace(load_index(folder, check_shards=False), remote=remote)
+
+
+def _update(path: Path, raw: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != raw:
+        write_atomically(path, raw)
+
+
+def _link(fetched: Path, path: Path) -> None:
+    """Give a file of the cache another name, by which it stays when it has to leave the cache."""
+    staging = path.with_name(path.name + ".partial")
+    staging.unlink(missing_ok=True)
+    os.link(fetched, staging)
+    os.replace(staging, path)
+
+
 def load_index(folder: Path, check_shards: bool = True) -> Index:
     """Open the split in `folder` (DATA/SPLIT).
 
@@ -168,30 +218,41 @@ def load_index(folder: Path, check_shards: bool = True) -> Index:
     return index
 
 
-def verify_shard(index: Index, number: int) -> None:
+def verify_shard(index: Index, number: int, path: Path | None = None) -> None:
     """Read shard `number` whole: its size, its sha256, and that its members are the documents the index says, no others.
+    path: where it is, if not in its folder.
 
-    Raises ShardDamage naming the shard, and the byte where it is known.
+    Raises Damage naming the shard, and the byte where it is known.
     """
-    path, expected = _check_size(index, number), index.shards[number].sha256
+    path, expected = _check_size(index, number, path), index.shards[number].sha256
     digest = sha256_of(path)
     fault = _fault_of_members(index, number, np.memmap(path, np.uint8, "r"))
     if digest != expected:
         others = [shard.name for shard in index.shards if shard.sha256 == digest]
         fault = fault or "names and sizes are as indexed, other bytes differ"
         fault = f"it is {others[0]} under another name" if others else fault
-        raise ShardDamage(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
+        raise Damage(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
     if fault:
-        raise ShardDamage(f"{path}: {fault}; {MEND}")
+        raise Damage(f"{path}: {fault}; {MEND}")
     _check_vocabulary(index, number, np.memmap(path, index.dtype, "r"))
 
 
 def open_shard(index: Index, number: int, verified: bool = False) -> np.ndarray:
     """Verify a shard, if that has not been done, and map its whole tar as an array of `index.dtype`: a payload at byte b
-    begins at b / itemsize."""
-    if not verified:
-        verify_shard(index, number)
-    return np.asarray(np.memmap(index.folder / index.shards[number].name, index.dtype, "r"))
+    begins at b / itemsize. One that lies elsewhere is fetched first, and again if it was damaged in the cache."""
+    shard = index.shards[number]
+    for again in (index.remote is not None, False):
+        path = index.folder / shard.name
+        try:
+            if index.remote is not None:
+                path = index.remote.get(*index.remote_file(number))
+            if not verified:
+                verify_shard(index, number, path)
+            return np.asarray(np.memmap(path, index.dtype, "r"))
+        except (Damage, FileNotFoundError):  # somebody else's cache may have had no room for it any more
+            if not again:
+                raise
+            index.remote.cache.drop(shard.sha256)
 
 
 def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) -> None:
@@ -252,13 +313,13 @@ def _check_tokenizer(index: Index) -> None:
         raise UserError(f"{path}: not the tokenizer that {index.folder} was made with; {MEND}")
 
 
-def _check_size(index: Index, number: int) -> Path:
+def _check_size(index: Index, number: int, path: Path | None = None) -> Path:
     shard = index.shards[number]
-    path = index.folder / shard.name
+    path = path or index.folder / shard.name
     if not path.is_file():
-        raise ShardDamage(f"{path}: missing; {MEND}")
+        raise Damage(f"{path}: missing; {MEND}")
     if path.stat().st_size != shard.bytes:
-        raise ShardDamage(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
+        raise Damage(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
                         f"{_fault_of_size(index, number, path.stat().st_size)}; {MEND}")  # fmt: skip
     return path
 
@@ -271,7 +332,7 @@ def _check_vocabulary(index: Index, number: int, data: np.ndarray) -> None:
     most = np.maximum.reduceat(data, edges)[::2]  # every other one is of what lies between documents
     if most.max() >= index.vocab_size:
         document = int(np.argmax(most >= index.vocab_size))
-        raise ShardDamage(f"{index.folder / index.shards[number].name}: token {most[document]} in document "
+        raise Damage(f"{index.folder / index.shards[number].name}: token {most[document]} in document "
                         f"{index.first_document(number) + document} is outside the vocabulary of {index.vocab_size}; prepare "
                         "the data again with the tokenizer beside it")  # fmt: skip
 

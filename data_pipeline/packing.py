@@ -99,7 +99,7 @@ class PackedWindows(Windows):
     def __init__(self, index: Index, seq_len: int, *options):
         """Raises UserError when there is no plan for this sequence length, or it is not of this index."""
         super().__init__(index, seq_len, *options)
-        path, array = paths(index.folder, seq_len)
+        path, array = (index.beside(path.name) for path in paths(index.folder, seq_len))
         if not path.is_file():
             raise UserError(f"{path}: no such plan; make it with launch/prepare_data.py --pack {seq_len}, or set data.packing=cut")
         raw, again = path.read_bytes(), f"make it again with launch/prepare_data.py --pack {seq_len}"
@@ -117,6 +117,7 @@ class PackedWindows(Windows):
             raise UserError(f"{array}: missing, or not what {path.name} says; {again}")
         self.plan_sha256 = hashlib.sha256(raw).hexdigest()
         self._line, self.n_windows = np.array(fields["windows"], np.int64), sum(fields["windows"])
+        self._unit = 1
         self._pieces, self._first_piece = array, np.concatenate([[0], np.cumsum(fields["pieces"])])
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from data_pipeline import digest
-from data_pipeline.index import load_index, open_shard
+from data_pipeline.index import load_split, open_shard
 from data_pipeline.order import derive_key
 from data_pipeline.packing import PackedWindows
+from data_pipeline.places import Cache
 from data_pipeline.schedule import Mixture, Schedule
 from data_pipeline.windows import IGNORE, Windows
 from serpent_scale.errors import UserError
@@ -86,15 +87,16 @@ class TokenStream:
     def __init__(
         self, folder: str | Path | Sequence[tuple[str, Fraction | int]], split: str, seq_len: int, seed: int | None,
         shuffle_block: int, *, packing: str = "cut", stages: Sequence[tuple[int, int, int]] = (), on_error: str = "stop",
+        cache: Cache | None = None,
     ):  # fmt: skip
         """folder: DATA, holding DATA/SPLIT, or several with their shares. seed None: windows in stored order, see `ordered`.
         packing: cut, or best_fit for which there must be a plan. stages: see `Schedule`. on_error: stop at a damaged shard, or
-        skip it.
+        skip it. cache: where data from a URL is kept.
         """
         folders = [(folder, 1)] if isinstance(folder, (str, Path)) else folder
         self.sources = []
         for number, (path, _) in enumerate(folders):
-            index = load_index(Path(path) / split, check_shards=on_error == "stop")
+            index = load_split(path, split, cache, check_shards=on_error == "stop")
             key = seed if seed is None or number == 0 else derive_key("source", seed, number)
             self.sources.append(PACKINGS[packing](index, seq_len, key, shuffle_block, on_error == "skip"))
         self.index, self.n_windows = self.sources[0].index, self.sources[0].n_windows
@@ -108,9 +110,9 @@ class TokenStream:
         self.tokens_skipped = 0  # so far, by all ranks: to be kept by who consumes samples
 
     @classmethod
-    def ordered(cls, folder: str | Path, split: str, seq_len: int) -> TokenStream:
+    def ordered(cls, folder: str | Path, split: str, seq_len: int, cache: Cache | None = None) -> TokenStream:
         """Windows in stored order, for evaluation."""
-        return cls(folder, split, seq_len, seed=None, shuffle_block=1)
+        return cls(folder, split, seq_len, seed=None, shuffle_block=1, cache=cache)
 
     def sample(self, g: int) -> Sample:
         """Sample g >= 0."""
@@ -232,7 +234,7 @@ def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
 
     Raises UserError as `TokenStream` does.
     """
-    index = load_index(Path(folder) / split)
+    index = load_split(folder, split)
     for shard in range(len(index.shards)):
         data = open_shard(index, shard)
         for _, offset, length in index.rows(shard).tolist():
@@ -242,7 +244,7 @@ def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
 
 def token_counts(folder: str | Path, split: str) -> np.ndarray:
     """How often each token is to be predicted in DATA/SPLIT, (vocab_size,) int64: a document's opening mark is not."""
-    index = load_index(Path(folder) / split)
+    index = load_split(folder, split)
     counts, held, size = np.zeros(index.vocab_size, np.int64), [], 0
     for tokens in documents(folder, split):
         held.append(tokens[1:])

@@ -7,15 +7,16 @@ reads it, when, and what was read before do not matter.
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.index import Index, ShardDamage, open_shard
+from data_pipeline.index import Index, open_shard
 from data_pipeline.order import derive_key, permutation, permute
+from data_pipeline.places import Damage
 from serpent_scale.errors import UserError
 
 IGNORE = -100  # label of a token whose successor is not to be learned
@@ -52,6 +53,7 @@ class Windows:
         self.skip_damaged, self.skipped, self.tokens_skipped = skip_damaged, set(), 0
         self.n_windows = -(-index.tokens // seq_len)
         self._line = index.shard_tokens  # what each shard contributes to the line of an epoch
+        self._unit = seq_len  # of which a window is so much
         self._verified: set[int] = set()
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
         self._epoch: tuple[int, list[int], list[int]] | None = None
@@ -120,8 +122,27 @@ class Windows:
             begin = number * self.shuffle_block
             size = min(self.shuffle_block, self.n_windows - begin)
             self._block = epoch, number, begin, size, derive_key("windows", self.seed, epoch, number)
+            if self.index.remote is not None:
+                self._prefetch(epoch, number)
         _, _, begin, size, key = self._block
         return begin + permute(window - begin, size, key)
+
+    def _prefetch(self, epoch: int, number: int) -> None:
+        """Ask for the shards of this block and the next one, as far as they fill half the cache."""
+        after = (epoch, number + 1) if (number + 1) * self.shuffle_block < self.n_windows else (epoch + 1, 0)
+        shards: dict[int, None] = {}
+        for at, block in (after, (epoch, number))[::-1]:
+            order, begins = self._shard_order(at)
+            first, last = block * self.shuffle_block, min((block + 1) * self.shuffle_block, self.n_windows)
+            places = range(bisect_right(begins, first * self._unit) - 1, bisect_left(begins, min(last * self._unit + 1, begins[-1])))
+            shards |= dict.fromkeys(order[place] for place in places)
+        files, room = [], self.index.remote.cache.limit // 2
+        for file in map(self.index.remote_file, (shard for shard in shards if shard not in self.skipped)):
+            room -= file[1]
+            if room < 0 and files:
+                break
+            files.append(file)
+        self.index.remote.prefetch(files)
 
     def _shard_order(self, epoch: int) -> tuple[list[int], list[int]]:
         """Shards in the order of an epoch (n,), and where each begins in its line of tokens (n + 1,)."""
@@ -140,7 +161,7 @@ class Windows:
             return None
         try:
             data = open_shard(self.index, shard, verified=shard in self._verified)
-        except ShardDamage as error:
+        except Damage as error:
             if not self.skip_damaged:
                 raise
             print(f"warning: {error}; skipped, its {self.index.shards[shard].tokens:,} tokens are left out", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
+from data_pipeline.places import is_remote
 from serpent_scale.config import load_config
 from serpent_scale.errors import exit_on_user_error
 from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
@@ -54,7 +55,7 @@ def main() -> None:
 def print_plan(config, world_size: int) -> None:
     """What the run will be, without starting it."""
     deepspeed_config(config, world_size)  # refuses what it would refuse at the start
-    streams = open_streams(config) if Path(config.data.path).exists() else None
+    streams = open_streams(config) if is_remote(config.data.path) or Path(config.data.path).exists() else None
     print(config.to_yaml())
     counts, flops = parameter_counts(config.model), flops_per_token(config.model)
     for part, n in counts.items():

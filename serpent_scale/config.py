@@ -47,7 +47,9 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    path: str = setting("data", "folder written by launch/prepare_data.py")
+    path: str = setting("data", "folder written by launch/prepare_data.py, or its URL: https://…, s3://…")
+    cache: Optional[str] = setting(None, "local folder for what is fetched from a URL, shared by the ranks of a node")
+    cache_gib: float = setting(100.0, "largest size of the cache", gt=0)
     sources: list[SourceConfig] = setting([], "mix the train splits of these instead: [{path: ..., weight: ... or tokens: ...}]")
     seq_len: int = setting(1024, "tokens per sequence", ge=2)
     shuffle_block: int = setting(65536, "windows are permuted within blocks of this many", ge=1)

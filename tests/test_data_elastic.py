@@ -127,7 +127,7 @@ def test_shards_that_do_not_fit_are_opened_again_and_hashed_once(data, monkeypat
     monkeypatch.setattr(windows, "OPEN_BYTES", 0)
     monkeypatch.setattr(windows, "FEW", 1)  # the other way of copying
     verify = data_index.verify_shard
-    monkeypatch.setattr(data_index, "verify_shard", lambda index, number: hashed.append(number) or verify(index, number))
+    monkeypatch.setattr(data_index, "verify_shard", lambda index, number, path: hashed.append(number) or verify(index, number, path))
     tight = open_stream(data)
     assert tight.batch(0, tight.n_windows).digest == roomy.batch(0, tight.n_windows).digest
     n_shards = len(tight.index.shards)

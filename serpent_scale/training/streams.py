@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
+from data_pipeline.places import Cache
 from data_pipeline.schedule import Stage
 from data_pipeline.stream import TokenStream
 from serpent_scale.config import Config
@@ -14,11 +16,12 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
     vocabulary."""
     data = config.data
     sources = [(source.path, source.tokens or Fraction(str(source.weight))) for source in data.sources] or data.path
+    cache = Cache(Path(data.cache), int(data.cache_gib * 2**30)) if data.cache else None
     train = TokenStream(
         sources, "train", data.seq_len, config.run.seed, data.shuffle_block,
-        packing=data.packing, stages=config.samples.shapes, on_error=data.on_error,
+        packing=data.packing, stages=config.samples.shapes, on_error=data.on_error, cache=cache,
     )  # fmt: skip
-    evaluation = TokenStream.ordered(data.path, config.evaluation.split, data.seq_len)
+    evaluation = TokenStream.ordered(data.path, config.evaluation.split, data.seq_len, cache)
     size = train.index.vocab_size
     if size != config.model.vocab_size:
         raise UserError(
