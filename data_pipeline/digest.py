@@ -24,8 +24,8 @@ def of_sample(
     tokens (seq_len,) are hashed as `dtype`, the last one's label and the starts (k,) of documents tell the other labels, if
     documents are only cut at the ends of windows; else ends are the labels of each piece's last token.
     """
-    hasher = hashlib.blake2b(g.to_bytes(8, "little") + last_label.to_bytes(8, "little", signed=True), digest_size=16)
-    hasher.update(tokens.astype(dtype, copy=False))
+    hasher = hashlib.blake2b(struct.pack("<Qq", g, last_label), digest_size=16)
+    hasher.update(tokens if tokens.dtype == dtype else tokens.astype(dtype))
     hasher.update(struct.pack(f"<{len(starts)}I", *starts))
     if ends:
         hasher.update(struct.pack(f"<{len(ends)}q", *ends))

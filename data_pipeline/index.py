@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -248,11 +249,17 @@ def open_shard(index: Index, number: int, verified: bool = False) -> np.ndarray:
                 path = index.remote.get(*index.remote_file(number))
             if not verified:
                 verify_shard(index, number, path)
-            return np.asarray(np.memmap(path, index.dtype, "r"))
+            return _mapped(path, index.dtype)
         except (Damage, FileNotFoundError):  # somebody else's cache may have had no room for it any more
             if not again:
                 raise
             index.remote.cache.drop(shard.sha256)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as an array, its pages all mapped at once: else every window would stop for those it meets first."""
+    with open(path, "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ), dtype)
 
 
 def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) -> None:

@@ -138,6 +138,7 @@ class Remote:
             raise UserError(f"{url}: needs a library that is not installed ({error}); pip install 'serpent-scale[remote]'") from None
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._asked: set[str] = set()
+        self._working = False
 
     def small(self, name: str) -> bytes:
         """A file's bytes. Raises Damage when there is no such file, UserError when it cannot be had."""
@@ -150,7 +151,8 @@ class Remote:
     def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
         """Get these (name, size, sha256), in the background. What goes wrong will go wrong again when they are needed."""
         new = [file for file in files if file[2] not in self._asked]
-        if new and not self._asked:
+        if new and not self._working:
+            self._working = True
             threading.Thread(target=self._work, daemon=True, name="prefetch").start()
         for file in new:
             self._asked.add(file[2])

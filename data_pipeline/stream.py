@@ -124,8 +124,7 @@ class TokenStream:
         before = sum(source.tokens_skipped for source in self.sources)
         tokens, labels, rows, consumed = self._read(first, n)
         reset = np.zeros(tokens.shape, bool)
-        for row, starts in enumerate(rows):
-            reset[row, starts] = True
+        reset[[row for row, starts in enumerate(rows) for _ in starts], [start for starts in rows for start in starts]] = True
         lengths = tuple(_lengths(starts, tokens.shape[1]) for starts in rows)
         tensors = map(torch.from_numpy, (tokens, labels, reset))
         skipped = sum(source.tokens_skipped for source in self.sources) - before

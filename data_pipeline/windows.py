@@ -22,6 +22,7 @@ from serpent_scale.errors import UserError
 IGNORE = -100  # label of a token whose successor is not to be learned
 OPEN_BYTES = 512 << 20  # of mapped shards and tables of their documents; those used last stay open
 MAX_SKIPPED = 32  # damaged shards: more is no accident, and their list is part of the state
+ASKED, TABLE = 256, 1 << 20  # calls after which a block's permutation is tabled, and the largest block for that
 FEW = 16  # pieces of documents up to which a copy each is faster than one gather
 
 
@@ -58,6 +59,7 @@ class Windows:
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
         self._epoch: tuple[int, list[int], list[int]] | None = None
         self._block = (-1, -1, 0, 0, 0)  # epoch, number, first window, windows, key
+        self._table, self._asked = None, 0  # of the block's permutation, once it is asked for often enough
 
     def spans(self, k: int, part: int = 0, parts: int = 1) -> list[tuple[int, int, int]]:
         """Where part `part` of `parts` equal ones of window k and its label token lie: (shard, first, last) in tokens of the
@@ -122,10 +124,14 @@ class Windows:
             begin = number * self.shuffle_block
             size = min(self.shuffle_block, self.n_windows - begin)
             self._block = epoch, number, begin, size, derive_key("windows", self.seed, epoch, number)
+            self._table, self._asked = None, 0
             if self.index.remote is not None:
                 self._prefetch(epoch, number)
         _, _, begin, size, key = self._block
-        return begin + permute(window - begin, size, key)
+        self._asked += 1
+        if self._asked > ASKED and self._table is None and size <= TABLE:
+            self._table = permutation(size, key)
+        return begin + (permute(window - begin, size, key) if self._table is None else int(self._table[window - begin]))
 
     def _prefetch(self, epoch: int, number: int) -> None:
         """Ask for the shards of this block and the next one, as far as they fill half the cache."""
