@@ -112,8 +112,11 @@ def streaming(data: Path, split: str, folder: Path, state: dict | None) -> tuple
     from streaming import StreamingDataLoader, StreamingDataset
 
     dataset = StreamingDataset(local=str(folder / "streaming"), shuffle=True, shuffle_seed=1234, batch_size=ROWS)
-    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=0,
-                                 collate_fn=lambda rows: batch_of(np.stack([np.frombuffer(row["tokens"], "<u2") for row in rows])))  # fmt: skip
+
+    def collate(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch_of(np.stack([np.frombuffer(row["tokens"], "<u2") for row in rows]))
+
+    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=0, collate_fn=collate)
     if state:
         loader.load_state_dict(state)
     return itertools.chain.from_iterable(itertools.repeat(loader)), loader.state_dict
@@ -123,7 +126,11 @@ def litdata(data: Path, split: str, folder: Path, state: dict | None) -> tuple[I
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
     dataset = StreamingDataset(str(folder / "litdata"), item_loader=TokensLoader(block_size=SEQ_LEN + 1), shuffle=True, seed=1234)
-    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=0, collate_fn=lambda rows: batch_of(torch.stack(rows).numpy()))
+
+    def collate(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch_of(torch.stack(rows).numpy())
+
+    loader = StreamingDataLoader(dataset, batch_size=ROWS, num_workers=0, collate_fn=collate)
     if state:
         loader.load_state_dict(state)
     return itertools.chain.from_iterable(itertools.repeat(loader)), loader.state_dict
@@ -217,8 +224,8 @@ def main() -> None:
         for name in names:
             results = []
             for what in ("start", "resume"):
-                command = [sys.executable, __file__, str(arguments.data), "--split", arguments.split, "--batches", str(arguments.batches)]
-                runs = [run([*command, "--measure", name, str(folder), what]) for _ in range(3)]
+                options = ["--split", arguments.split, "--batches", str(arguments.batches), "--measure", name, str(folder), what]
+                runs = [run([sys.executable, __file__, str(arguments.data), *options]) for _ in range(3)]
                 results.append(runs[-1] | {"first": min(result["first"] for result in runs)})
             rows[name] = results
     finally:
@@ -226,8 +233,8 @@ def main() -> None:
     speed = rows["ours"][0]["speed"]
     text = table(
         ["loader", "M tokens/s", "ours is", "first batch, s", "resume, s", "exactly", "memory, MB: largest", "not files"],
-        [[NAMES[name], f"{new['speed'] / 1e6:.1f}", f"{speed / new['speed']:.1f} ×", f"{new['first']:.3f}", f"{resumed['first']:.3f}",
-          "yes" if resumed["exact"] else "no",
+        [[NAMES[name], f"{new['speed'] / 1e6:.1f}", f"{speed / new['speed']:.1f} ×", f"{new['first']:.3f}",
+          f"{resumed['first']:.3f}", "yes" if resumed["exact"] else "no",
           f"{new['peak']:.0f}", f"{new['anonymous']:.0f}"] for name, (new, resumed) in rows.items()],
     )  # fmt: skip
     left_out = [NAMES[name] for name in MODULES if name not in names]

@@ -101,7 +101,8 @@ class PackedWindows(Windows):
         super().__init__(index, seq_len, *options)
         path, array = (index.beside(path.name) for path in paths(index.folder, seq_len))
         if not path.is_file():
-            raise UserError(f"{path}: no such plan; make it with launch/prepare_data.py --pack {seq_len}, or set data.packing=cut")
+            raise UserError(f"{path}: no such plan; make it with launch/prepare_data.py --pack {seq_len}, or set "
+                            "data.packing=cut")  # fmt: skip
         raw, again = path.read_bytes(), f"make it again with launch/prepare_data.py --pack {seq_len}"
         try:
             fields = json.loads(raw)

@@ -74,8 +74,8 @@ class Cache:
                 os.replace(staging, path)
                 sync_folder(self.folder)
             except OSError as error:
-                raise UserError(f"{self.folder}: cannot keep fetched data there ({error.strerror or error}); free some space, lower "
-                                "data.cache_gib, or set data.cache to another folder") from error  # fmt: skip
+                raise UserError(f"{self.folder}: cannot keep fetched data there ({error.strerror or error}); free some space, "
+                                "lower data.cache_gib, or set data.cache to another folder") from error  # fmt: skip
         return path
 
     def drop(self, sha256: str) -> None:
@@ -135,7 +135,7 @@ class Remote:
                 options = {"config_kwargs": {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}}
             self._files = fsspec.filesystem(scheme, **options)
         except ImportError as error:
-            raise UserError(f"{url}: needs a library that is not installed ({error}); pip install 'serpent-scale[remote]'") from None
+            raise UserError(f"{url}: a library is missing ({error}); pip install 'serpent-scale[remote]'") from None
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._asked: set[str] = set()
         self._working = False
@@ -221,6 +221,7 @@ class Remote:
                 reason = f"{type(error).__name__} {error}".strip()[:200]
             if attempt < ATTEMPTS:
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-                print(f"warning: {self.url}/{name}: {reason}; attempt {attempt + 1} of {ATTEMPTS} in {wait:.1f} s", file=sys.stderr, flush=True)
+                text = f"warning: {self.url}/{name}: {reason}; attempt {attempt + 1} of {ATTEMPTS} in {wait:.1f} s"
+                print(text, file=sys.stderr, flush=True)
                 time.sleep(wait)
         raise UserError(f"{self.url}/{name}: gave up after {ATTEMPTS} attempts ({reason}); run again when it can be reached")

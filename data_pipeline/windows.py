@@ -140,7 +140,8 @@ class Windows:
         for at, block in (after, (epoch, number))[::-1]:
             order, begins = self._shard_order(at)
             first, last = block * self.shuffle_block, min((block + 1) * self.shuffle_block, self.n_windows)
-            places = range(bisect_right(begins, first * self._unit) - 1, bisect_left(begins, min(last * self._unit + 1, begins[-1])))
+            end = min(last * self._unit + 1, begins[-1])
+            places = range(bisect_right(begins, first * self._unit) - 1, bisect_left(begins, end))
             shards |= dict.fromkeys(order[place] for place in places)
         files, room = [], self.index.remote.cache.limit // 2
         for file in map(self.index.remote_file, (shard for shard in shards if shard not in self.skipped)):
@@ -170,7 +171,8 @@ class Windows:
         except Damage as error:
             if not self.skip_damaged:
                 raise
-            print(f"warning: {error}; skipped, its {self.index.shards[shard].tokens:,} tokens are left out", file=sys.stderr, flush=True)
+            text = f"warning: {error}; skipped, its {self.index.shards[shard].tokens:,} tokens are left out"
+            print(text, file=sys.stderr, flush=True)
             self.skip([shard])
             return None
         self._verified.add(shard)

@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="what is a document in a text file: default wikitext for .tokens and .raw, file for .txt")
     parser.add_argument("--text-key", default="text", help="column that holds the text (default text)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="at most this many a shard")
-    parser.add_argument("--pack", type=int, metavar="SEQ_LEN", help="also plan best-fit packing (data.packing) for this data.seq_len")
+    parser.add_argument("--pack", type=int, metavar="SEQ_LEN", help="also plan best-fit packing for this data.seq_len")
     return parser.parse_args(argv)
 
 

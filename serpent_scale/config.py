@@ -148,7 +148,7 @@ class TrainingConfig:
     stop_at_step: Optional[int] = setting(None, "stop early at this step; the schedule still runs to the budget", ge=1)
     global_batch: int = setting(64, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch: int = setting(8, "sequences per rank and forward pass", ge=1)
-    stages: list[StageConfig] = setting([], "first steps with shorter sequences or smaller batches: [{steps, seq_len, global_batch}]")
+    stages: list[StageConfig] = setting([], "first steps of another shape: [{steps, seq_len, global_batch}]")
     precision: str = setting("bf16", "bf16: autocast with fp32 master weights", choices=("bf16", "fp32"))
     zero_stage: int = setting(1, "DeepSpeed ZeRO stage", ge=0, le=3)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", ge=0)
@@ -219,7 +219,8 @@ class Config:
         batch of any stage does not divide."""
         samples, micro_batch = self.samples, self.training.micro_batch
         for number, stage in enumerate(samples.stages):
-            per_pass, shorter = micro_batch * stage.parts * world_size, f" x {stage.parts}, as sequences are shorter," * (stage.parts > 1)
+            per_pass = micro_batch * stage.parts * world_size
+            shorter = f" x {stage.parts}, as sequences are shorter," if stage.parts > 1 else ""
             if stage.global_batch % per_pass:
                 name = "training" if stage is samples.stages[-1] else f"training.stages[{number}]"
                 raise UserError(f"{name}.global_batch={stage.global_batch} is not a multiple of training.micro_batch="
@@ -455,7 +456,8 @@ def _check_stages(config: Config) -> None:
             raise UserError(f"{path}.seq_len={length} is not a divisor of data.seq_len={full}")
         rows = training.micro_batch * (full // length)  # of a pass: as many tokens as at full length
         if batch % rows:
-            raise UserError(f"{path}.global_batch={batch} is not a multiple of training.micro_batch x data.seq_len / seq_len = {rows}")
+            raise UserError(f"{path}.global_batch={batch} is not a multiple of training.micro_batch x data.seq_len / seq_len = "
+                            f"{rows}")  # fmt: skip
 
 
 def _check_heads(model: ModelConfig) -> None:

@@ -44,7 +44,8 @@ class Rank:
     def take(self):
         """The batch whose turn it is."""
         while len(self.fetched) <= self.ahead:
-            first = first_sample(self.stage, self.training.micro_batch, self.world, self.rank, *divmod(self.next, self.accumulation))
+            turn = divmod(self.next, self.accumulation)
+            first = first_sample(self.stage, self.training.micro_batch, self.world, self.rank, *turn)
             self.fetched.append(self.stream.batch(first, self.training.micro_batch))
             self.next += 1
         return self.fetched.popleft()
@@ -127,7 +128,7 @@ def test_shards_that_do_not_fit_are_opened_again_and_hashed_once(data, monkeypat
     monkeypatch.setattr(windows, "OPEN_BYTES", 0)
     monkeypatch.setattr(windows, "FEW", 1)  # the other way of copying
     verify = data_index.verify_shard
-    monkeypatch.setattr(data_index, "verify_shard", lambda index, number, path: hashed.append(number) or verify(index, number, path))
+    monkeypatch.setattr(data_index, "verify_shard", lambda index, number, path: hashed.append(number) or verify(index, number))
     tight = open_stream(data)
     assert tight.batch(0, tight.n_windows).digest == roomy.batch(0, tight.n_windows).digest
     n_shards = len(tight.index.shards)

@@ -90,7 +90,8 @@ def test_a_mixed_stream_in_stages_is_its_sources_dealt_in_turn(data):
         stage = schedule.stage_of_sample(g)
         window, part = stage.locate(g)
         which, number = stream.mixture.locate(window)
-        whole, sample, cut = alone[which].sample(number), stream.sample(g), slice(part * stage.seq_len, (part + 1) * stage.seq_len)
+        whole, sample = alone[which].sample(number), stream.sample(g)
+        cut = slice(part * stage.seq_len, (part + 1) * stage.seq_len)
         assert sample.tokens.tolist() == whole.tokens[cut].tolist() and sample.labels.tolist() == whole.labels[cut].tolist()
         assert sample.starts.tolist() == [s - cut.start for s in whole.starts.tolist() if cut.start <= s < cut.stop]
         taken[which] += sample.tokens.tolist()

@@ -15,8 +15,9 @@ def test_a_mixed_run_in_stages_resumes_to_the_bit(tmp_path):
     for name, part in dict(one=lines[:200], two=lines[200:360]).items():
         for split, texts in dict(train=part, validation=lines[360:]).items():
             (tmp_path / f"{name}-{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        done = launch("prepare_data.py", *(f"--source={split}={tmp_path}/{name}-{split}.jsonl" for split in ("train", "validation")),
-                      "--out", str(tmp_path / name), "--tokenizer", "train:300" if name == "one" else str(tmp_path / "one/tokenizer.json"),
+        tokenizer = "train:300" if name == "one" else str(tmp_path / "one/tokenizer.json")
+        sources = (f"--source={split}={tmp_path}/{name}-{split}.jsonl" for split in ("train", "validation"))
+        done = launch("prepare_data.py", *sources, "--out", str(tmp_path / name), "--tokenizer", tokenizer,
                       "--shard-tokens", "600", "--pack", "32")  # fmt: skip
         assert done.returncode == 0, done.stderr
     for shard in sorted((tmp_path / "two" / "train").glob("*.tar"))[::2]:

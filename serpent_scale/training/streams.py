@@ -29,8 +29,8 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
             f"set model.vocab_size={size} or prepare the data with another tokenizer"
         )
     if evaluation.index.tokenizer_sha256 != train.index.tokenizer_sha256:
-        raise UserError(f"{evaluation.index.folder}: tokenised with another tokenizer than {train.index.folder}; set data.path to "
-                        "data of the same tokenizer")  # fmt: skip
+        raise UserError(f"{evaluation.index.folder}: tokenised with another tokenizer than {train.index.folder}; set data.path "
+                        "to data of the same tokenizer")  # fmt: skip
     return train, evaluation
 
 
