@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,14 +16,19 @@ MODULUS = 1 << 128
 LIMB = 32  # bits: sums of limbs over up to 2^21 ranks are integers below 2^53, exact in float64
 
 
-def of_sample(g: int, tokens: np.ndarray, last_label: int, starts: np.ndarray, dtype: np.dtype) -> int:
+def of_sample(
+    g: int, tokens: np.ndarray, last_label: int, starts: Sequence[int], dtype: np.dtype, ends: Sequence[int] = ()
+) -> int:
     """Digest of one sample: a hash of all that the model sees of it.
 
-    tokens (seq_len,) are hashed as `dtype`, the last one's label and the starts (k,) of documents tell the other labels.
+    tokens (seq_len,) are hashed as `dtype`, the last one's label and the starts (k,) of documents tell the other labels, if
+    documents are only cut at the ends of windows; else ends are the labels of each piece's last token.
     """
-    hasher = hashlib.blake2b(g.to_bytes(8, "little") + last_label.to_bytes(8, "little", signed=True), digest_size=16)
-    hasher.update(tokens.astype(dtype))
-    hasher.update(starts.astype("<u4"))
+    hasher = hashlib.blake2b(struct.pack("<Qq", g, last_label), digest_size=16)
+    hasher.update(tokens if tokens.dtype == dtype else tokens.astype(dtype))
+    hasher.update(struct.pack(f"<{len(starts)}I", *starts))
+    if ends:
+        hasher.update(struct.pack(f"<{len(ends)}q", *ends))
     return int.from_bytes(hasher.digest(), "little")
 
 

@@ -8,20 +8,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
+import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.files import sha256_of, write_atomically
+from data_pipeline.places import Cache, Damage, Remote, is_remote
 from serpent_scale.errors import UserError
 
 FORMAT = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER = 512  # of a tar member, and what its payload is padded to
+NPY_HEADER, ROW = 128, 24  # bytes of documents.npy before its first document, and of one
 RECORD = 10240  # what a tar file is padded to
+CHUNK = 1 << 20  # documents checked at a time
 MEND = "restore it from a copy, or prepare the data again in an empty folder"
 
 
@@ -55,6 +60,7 @@ class Index:
     word_rule: str
     shards: tuple[Shard, ...]
     documents: np.ndarray
+    remote: Remote | None = None  # where the shards are, if `folder` only mirrors what describes them
 
     @property
     def n_documents(self) -> int:
@@ -68,6 +74,29 @@ class Index:
     def shard_tokens(self) -> np.ndarray:
         """Tokens of each shard, (n_shards,) int64."""
         return np.array([shard.tokens for shard in self.shards], np.int64)
+
+    def remote_file(self, shard: int) -> tuple[str, int, str]:
+        """Name, size and sha256 of a shard below `remote`."""
+        found = self.shards[shard]
+        return f"{self.folder.name}/{found.name}", found.bytes, found.sha256
+
+    def beside(self, name: str) -> Path:
+        """A file in the split's folder, fetched if that is elsewhere."""
+        if self.remote is not None:
+            with self.remote.cache.locked(self.folder.parent.name):
+                _update(self.folder / name, self.remote.small(f"{self.folder.name}/{name}"))
+        return self.folder / name
+
+    def rows(self, shard: int) -> np.ndarray:
+        """The documents of a shard. A copy, so that an index of any size takes no memory but what is in use."""
+        first, last = self.first_document(shard), self.first_document(shard + 1)
+        if not isinstance(self.documents, np.memmap):
+            return np.array(self.documents[first:last])
+        at = self.documents.offset + first * ROW
+        rows = np.fromfile(self.documents.filename, "<i8", 3 * (last - first), offset=at).reshape(-1, 3)
+        if len(rows) != last - first:
+            raise UserError(f"{self.documents.filename}: cut since it was opened; {MEND}")
+        return rows
 
     def first_document(self, shard: int) -> int:
         """Number of a shard's first document; of one past the last shard, the number of documents."""
@@ -112,10 +141,49 @@ _FIELDS = dict(
 _SHARD_FIELDS = dict(name=str, documents=int, tokens=int, bytes=int, sha256=str)
 
 
-def load_index(folder: Path) -> Index:
+def load_split(data: str | Path, split: str, cache: Cache | None = None, check_shards: bool = True) -> Index:
+    """Open DATA/SPLIT, DATA being a folder or a URL, whose shards are fetched into the cache when they are needed. Raises
+    UserError as `load_index` does, and when a URL is refused or cannot be reached."""
+    if not is_remote(data):
+        return load_index(Path(data) / split, check_shards)
+    if cache is None:
+        raise UserError(f"{data}: data elsewhere needs a place to be kept; set data.cache to a folder on a local disk")
+    remote = Remote(str(data), cache)
+    # What describes the split is fetched each time: nothing says beforehand what is in it.
+    folder = cache.folder / hashlib.sha256(remote.url.encode()).hexdigest()[:16] / split
+    with cache.locked(folder.parent.name):
+        folder.mkdir(parents=True, exist_ok=True)
+        _update(folder.parent / "tokenizer.json", remote.small("tokenizer.json"))
+        raw = remote.small(f"{split}/index.json")
+        _update(folder / "index.json", raw)
+        try:
+            fields = json.loads(raw)
+            size, sha256 = NPY_HEADER + ROW * int(fields["documents"]), str(fields["documents_sha256"])
+        except (ValueError, KeyError, TypeError):
+            pass  # load_index says what is wrong
+        else:
+            _link(remote.get(f"{split}/documents.npy", size, sha256), folder / "documents.npy")
+        return replace(load_index(folder, check_shards=False), remote=remote)
+
+
+def _update(path: Path, raw: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != raw:
+        write_atomically(path, raw)
+
+
+def _link(fetched: Path, path: Path) -> None:
+    """Give a file of the cache another name, by which it stays when it has to leave the cache."""
+    staging = path.with_name(path.name + ".partial")
+    staging.unlink(missing_ok=True)
+    os.link(fetched, staging)
+    os.replace(staging, path)
+
+
+def load_index(folder: Path, check_shards: bool = True) -> Index:
     """Open the split in `folder` (DATA/SPLIT).
 
-    Raises UserError when the index or tokenizer is missing or wrong, or a shard is missing or of another size.
+    Raises UserError when the index or tokenizer is missing or wrong, or, with `check_shards`, a shard is missing or of another
+    size.
     """
     folder = Path(folder)
     path = folder / "index.json"
@@ -146,32 +214,52 @@ def load_index(folder: Path) -> Index:
     fields["dtype"] = DTYPES[fields["dtype"]]
     index = Index(folder=folder, sha256=hashlib.sha256(raw).hexdigest(), shards=shards, documents=documents, **fields)
     _check_tokenizer(index)
-    for number in range(len(shards)):
+    for number in range(len(shards) if check_shards else 0):
         _check_size(index, number)
     return index
 
 
-def verify_shard(index: Index, number: int) -> None:
+def verify_shard(index: Index, number: int, path: Path | None = None) -> None:
     """Read shard `number` whole: its size, its sha256, and that its members are the documents the index says, no others.
+    path: where it is, if not in its folder.
 
-    Raises UserError naming the shard, and the byte where it is known.
+    Raises Damage naming the shard, and the byte where it is known.
     """
-    path, expected = _check_size(index, number), index.shards[number].sha256
+    path, expected = _check_size(index, number, path), index.shards[number].sha256
     digest = sha256_of(path)
     fault = _fault_of_members(index, number, np.memmap(path, np.uint8, "r"))
     if digest != expected:
         others = [shard.name for shard in index.shards if shard.sha256 == digest]
         fault = fault or "names and sizes are as indexed, other bytes differ"
         fault = f"it is {others[0]} under another name" if others else fault
-        raise UserError(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
+        raise Damage(f"{path}: sha256 is {digest[:16]}…, the index says {expected[:16]}…: {fault}; {MEND}")
     if fault:
-        raise UserError(f"{path}: {fault}; {MEND}")
+        raise Damage(f"{path}: {fault}; {MEND}")
+    _check_vocabulary(index, number, np.memmap(path, index.dtype, "r"))
 
 
-def open_shard(index: Index, number: int) -> np.ndarray:
-    """Verify a shard and map its whole tar as an array of `index.dtype`: a payload at byte b begins at b / itemsize."""
-    verify_shard(index, number)
-    return np.asarray(np.memmap(index.folder / index.shards[number].name, index.dtype, "r"))
+def open_shard(index: Index, number: int, verified: bool = False) -> np.ndarray:
+    """Verify a shard, if that has not been done, and map its whole tar as an array of `index.dtype`: a payload at byte b
+    begins at b / itemsize. One that lies elsewhere is fetched first, and again if it was damaged in the cache."""
+    shard = index.shards[number]
+    for again in (index.remote is not None, False):
+        path = index.folder / shard.name
+        try:
+            if index.remote is not None:
+                path = index.remote.get(*index.remote_file(number))
+            if not verified:
+                verify_shard(index, number, path)
+            return _mapped(path, index.dtype)
+        except (Damage, FileNotFoundError):  # somebody else's cache may have had no room for it any more
+            if not again:
+                raise
+            index.remote.cache.drop(shard.sha256)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as an array, its pages all mapped at once: else every window would stop for those it meets first."""
+    with open(path, "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ), dtype)
 
 
 def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) -> None:
@@ -188,32 +276,38 @@ def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) ->
 def _load_documents(path: Path, sha256: str) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path}: missing; {MEND}")
-    raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != sha256:
+    if sha256_of(path) != sha256:
         raise UserError(f"{path}: its sha256 is not the one in index.json; {MEND}")
     try:
-        documents = np.load(io.BytesIO(raw), allow_pickle=False)
+        documents = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{path}: not a plain array ({error}); {MEND}") from None
-    if documents.dtype != np.int64 or documents.ndim != 2 or documents.shape[1] != 3:
+    if documents.dtype != np.dtype("<i8") or documents.ndim != 2 or documents.shape[1] != 3 or not documents.flags.c_contiguous:
         raise UserError(f"{path}: {documents.dtype} {documents.shape} is not int64 (documents, 3); {MEND}")
     return documents
 
 
 def _check_totals(path: Path, fields: dict, shards: tuple[Shard, ...], documents: np.ndarray) -> None:
-    number, _, tokens = documents.T
+    """Piece by piece: there may be more documents than fit into memory."""
     if not len(documents):
         raise UserError(f"{path}: the split has no documents; {MEND}")
-    if (np.diff(number) < 0).any() or number[0] != 0 or number[-1] != len(shards) - 1 or (tokens < 2).any():
-        raise UserError(f"{path.parent / 'documents.npy'}: shard numbers or token counts are out of range; {MEND}")
-    per_shard = np.bincount(number, minlength=len(shards)), np.bincount(number, tokens, len(shards)).astype(np.int64)
+    per_shard, last = np.zeros((2, len(shards)), np.int64), 0
+    for begin in range(0, len(documents), CHUNK):
+        number, _, tokens = np.array(documents[begin : begin + CHUNK]).T
+        in_order = begin or number[0] == 0
+        if not in_order or number[0] < last or (np.diff(number) < 0).any() or number[-1] >= len(shards) or (tokens < 2).any():
+            raise UserError(f"{path.parent / 'documents.npy'}: shard numbers or token counts are out of range; {MEND}")
+        first, last = int(number[0]), int(number[-1])
+        sums = np.concatenate([[0], np.cumsum(tokens)])
+        edges = np.searchsorted(number, np.arange(first, last + 2))
+        per_shard[:, first : last + 1] += np.diff([edges, sums[edges]])
     for i, shard in enumerate(shards):
-        if (shard.documents, shard.tokens) != (per_shard[0][i], per_shard[1][i]):
+        if (shard.documents, shard.tokens) != tuple(per_shard[:, i]) or not shard.documents:
             raise UserError(f"{path}: {shard.name} has {shard.documents} documents and {shard.tokens} tokens there, "
-                            f"{per_shard[0][i]} and {per_shard[1][i]} in documents.npy; {MEND}")  # fmt: skip
+                            f"{per_shard[0, i]} and {per_shard[1, i]} in documents.npy; {MEND}")  # fmt: skip
     if len({shard.name for shard in shards}) != len(shards):
         raise UserError(f"{path}: a shard is listed twice; {MEND}")
-    for key, total in dict(documents=len(documents), tokens=int(tokens.sum())).items():
+    for key, total in dict(documents=len(documents), tokens=int(per_shard[1].sum())).items():
         if fields[key] != total:
             raise UserError(f"{path}: {key} is {fields[key]}, its shards add up to {total}; {MEND}")
 
@@ -226,22 +320,36 @@ def _check_tokenizer(index: Index) -> None:
         raise UserError(f"{path}: not the tokenizer that {index.folder} was made with; {MEND}")
 
 
-def _check_size(index: Index, number: int) -> Path:
+def _check_size(index: Index, number: int, path: Path | None = None) -> Path:
     shard = index.shards[number]
-    path = index.folder / shard.name
+    path = path or index.folder / shard.name
     if not path.is_file():
-        raise UserError(f"{path}: missing; {MEND}")
+        raise Damage(f"{path}: missing; {MEND}")
     if path.stat().st_size != shard.bytes:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
+        raise Damage(f"{path}: {path.stat().st_size} bytes, the index says {shard.bytes}: "
                         f"{_fault_of_size(index, number, path.stat().st_size)}; {MEND}")  # fmt: skip
     return path
+
+
+def _check_vocabulary(index: Index, number: int, data: np.ndarray) -> None:
+    """data: the whole tar as tokens."""
+    rows = index.rows(number)
+    begins = rows[:, 1] // index.dtype.itemsize
+    edges = np.stack([begins, begins + rows[:, 2]], 1).ravel()
+    most = np.maximum.reduceat(data, edges)[::2]  # every other one is of what lies between documents
+    if most.max() >= index.vocab_size:
+        document = int(np.argmax(most >= index.vocab_size))
+        raise Damage(f"{index.folder / index.shards[number].name}: token {most[document]} in document "
+                        f"{index.first_document(number) + document} is outside the vocabulary of {index.vocab_size}; prepare "
+                        "the data again with the tokenizer beside it")  # fmt: skip
 
 
 def _fault_of_size(index: Index, number: int, size: int) -> str:
     if size > index.shards[number].bytes:
         return f"what is from byte {index.shards[number].bytes} on does not belong to it"
     first, last = index.first_document(number), index.first_document(number + 1)
-    ends = index.documents[first:last, 1] + index.documents[first:last, 2] * index.dtype.itemsize
+    rows = index.rows(number)
+    ends = rows[:, 1] + rows[:, 2] * index.dtype.itemsize
     whole = first + int((ends <= size).sum())
     return f"cut at byte {size}, in its end mark" if whole == last else f"cut at byte {size}, in or before document {whole}"
 
@@ -253,7 +361,8 @@ def _fault_of_members(index: Index, number: int, data: np.ndarray) -> str | None
     with its byte.
     """
     first, last = index.first_document(number), index.first_document(number + 1)
-    offsets, sizes = index.documents[first:last, 1], index.documents[first:last, 2] * index.dtype.itemsize
+    rows = index.rows(number)
+    offsets, sizes = rows[:, 1], rows[:, 2] * index.dtype.itemsize
     expected = payload_offsets(sizes)
     if (offsets != expected[:-1]).any():
         at = first + int(np.argmax(offsets != expected[:-1]))

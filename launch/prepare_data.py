@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from data_pipeline.files import write_atomically
+from data_pipeline.packing import write_plan
 from data_pipeline.shards import SHARD_TOKENS, prepare_split
 from data_pipeline.sources import SPLIT_DOCUMENTS, Source, documents, parse_source
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -33,6 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="what is a document in a text file: default wikitext for .tokens and .raw, file for .txt")
     parser.add_argument("--text-key", default="text", help="column that holds the text (default text)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="at most this many a shard")
+    parser.add_argument("--pack", type=int, metavar="SEQ_LEN", help="also plan best-fit packing for this data.seq_len")
     return parser.parse_args(argv)
 
 
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.shard_tokens < 1:
         raise UserError(f"--shard-tokens {arguments.shard_tokens}: must be at least 1")
+    if arguments.pack is not None and arguments.pack < 2:
+        raise UserError(f"--pack {arguments.pack}: must be at least 2, data.seq_len of a run")
     splits = group_by_split(arguments)
     try:
         tokenizer = provide_tokenizer(arguments.tokenizer, arguments.out, splits)
@@ -89,6 +93,9 @@ def main(argv: list[str] | None = None) -> None:
             if not worked:
                 print(f"{index.folder}: already prepared")
             indexes.append(index)
+            if arguments.pack:
+                padding = write_plan(index, arguments.pack)
+                print(f"{index.folder}: packed into windows of {arguments.pack} tokens, {padding:.2%} padding")
     except OSError as error:
         where = error.filename or arguments.out
         raise UserError(f"--out: {where}: {error.strerror or error}; mend that and run again, it will go on") from error

@@ -8,6 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
+from data_pipeline.places import is_remote
 from serpent_scale.config import load_config
 from serpent_scale.errors import exit_on_user_error
 from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
@@ -54,7 +55,7 @@ def main() -> None:
 def print_plan(config, world_size: int) -> None:
     """What the run will be, without starting it."""
     deepspeed_config(config, world_size)  # refuses what it would refuse at the start
-    streams = open_streams(config) if Path(config.data.path).exists() else None
+    streams = open_streams(config) if is_remote(config.data.path) or Path(config.data.path).exists() else None
     print(config.to_yaml())
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, config.data.seq_len)
     for part, n in counts.items():
@@ -68,16 +69,22 @@ def print_plan(config, world_size: int) -> None:
         print(f"{part:<24}{size / GIB:>16.2f} GiB per rank")
     print(f"{'estimated total':<24}{sum(memory.values()) / GIB:>16.2f} GiB per rank, {world_size} ranks on {device}, "
           f"ZeRO-{config.training.zero_stage}")
-    tokens = config.total_steps * config.training.global_batch * config.data.seq_len
+    tokens = config.samples.tokens(config.total_steps)
     print(f"{'steps':<24}{config.total_steps:>16,} of {config.training.global_batch} x {config.data.seq_len} tokens: "
           f"{tokens:,} tokens, {config.grad_accumulation(world_size)} passes a step")
+    for stage in config.samples.stages[:-1]:
+        print(f"{'':<24}{f'from {stage.step:,}':>16} of {stage.global_batch} x {stage.seq_len} tokens, "
+              f"{config.grad_accumulation(world_size, stage.step)} passes a step")
     if streams is None:
         print(f"{'data':<24}{config.data.path} is not there yet; prepare it with launch/prepare_data.py")
     else:
-        for stream in streams:
-            index = stream.index
-            epochs = f", {tokens / index.tokens:.2f} epochs" if stream is streams[0] else ""
-            print(f"{f'data, {index.split}':<24}{index.tokens:>16,} tokens of {index.n_documents:,} documents{epochs}")
+        train, evaluation = streams
+        for source, share in zip(train.sources, train.mixture.shares):
+            index, mixed = source.index, f" of {source.index.folder}, {float(share):.1%} of the run" if share < 1 else ""
+            epochs = float(tokens * share) / config.data.seq_len / source.n_windows
+            print(f"{'data, train':<24}{index.tokens:>16,} tokens of {index.n_documents:,} documents{mixed}, {epochs:.2f} epochs")
+        index = evaluation.index
+        print(f"{f'data, {index.split}':<24}{index.tokens:>16,} tokens of {index.n_documents:,} documents")
 
 
 if __name__ == "__main__":

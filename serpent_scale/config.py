@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from data_pipeline.schedule import Schedule
 from serpent_scale.errors import UserError
 
 # Each has a section of `ModelConfig` and a class in serpent_scale/model/mixers.py.
@@ -39,10 +40,23 @@ class RunConfig:
 
 
 @dataclass
+class SourceConfig:
+    path: str = setting("", "folder written by launch/prepare_data.py, with the tokenizer of the others")
+    weight: Optional[float] = setting(None, "share of the tokens, relative to the other sources' weights", gt=0)
+    tokens: Optional[int] = setting(None, "or tokens to take from it; the run ends when those of all sources are spent", ge=1)
+
+
+@dataclass
 class DataConfig:
-    path: str = setting("data", "folder written by launch/prepare_data.py")
+    path: str = setting("data", "folder written by launch/prepare_data.py, or its URL: https://…, s3://…")
+    cache: Optional[str] = setting(None, "local folder for what is fetched from a URL, shared by the ranks of a node")
+    cache_gib: float = setting(100.0, "largest size of the cache", gt=0)
+    sources: list[SourceConfig] = setting([], "mix the train splits of these instead: [{path: ..., weight: ... or tokens: ...}]")
     seq_len: int = setting(1024, "tokens per sequence", ge=2)
     shuffle_block: int = setting(65536, "windows are permuted within blocks of this many", ge=1)
+    packing: str = setting("cut", "cut documents where a window ends, or best_fit: by a plan of prepare_data.py --pack",
+                           choices=("cut", "best_fit"))
+    on_error: str = setting("stop", "at a damaged shard: stop, or skip its tokens", choices=("stop", "skip"))
 
 
 @dataclass
@@ -52,7 +66,7 @@ class MambaConfig:
     expand: float = setting(2.0, "d_inner = expand * d_model", gt=0)
     d_state: int = setting(16, "state size N per channel", ge=1)
     d_conv: int = setting(4, "taps of the causal convolution", ge=1)
-    dt_rank: Optional[int] = setting(None, "rank of the step projection; null: d_inner / 32, from 16 on in multiples of 8", ge=1)
+    dt_rank: Optional[int] = setting(None, "rank of the step projection; null: d_inner / 32, from 16 on in multiples of 16", ge=1)
     dt_min: float = setting(0.001, "smallest initial step dt", gt=0)
     dt_max: float = setting(0.1, "largest initial step dt", gt=0)
 
@@ -161,12 +175,22 @@ class ScheduleConfig:
 
 
 @dataclass
+class StageConfig:
+    """The first steps of a run, of another shape."""
+
+    steps: int = setting(1, "how many", ge=1)
+    seq_len: Optional[int] = setting(None, "tokens per sequence, a divisor of data.seq_len; null: that", ge=2)
+    global_batch: Optional[int] = setting(None, "sequences per step; null: training.global_batch", ge=1)
+
+
+@dataclass
 class TrainingConfig:
     max_steps: Optional[int] = setting(None, "stop after this many optimizer steps", ge=1)
     max_tokens: Optional[int] = setting(None, "stop after this many tokens (rounded up to a whole step)", ge=1)
     stop_at_step: Optional[int] = setting(None, "stop early at this step; the schedule still runs to the budget", ge=1)
     global_batch: int = setting(64, "sequences per optimizer step, over all ranks", ge=1)
     micro_batch: int = setting(8, "sequences per rank and forward pass", ge=1)
+    stages: list[StageConfig] = setting([], "first steps of another shape: [{steps, seq_len, global_batch}]")
     precision: str = setting("bf16", "bf16: autocast with fp32 master weights", choices=("bf16", "fp32"))
     zero_stage: int = setting(1, "DeepSpeed ZeRO stage", ge=0, le=3)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", ge=0)
@@ -211,28 +235,41 @@ class Config:
     deepspeed: dict[str, Any] = setting({}, "passed to DeepSpeed as it is; keys derived from the rest are refused")
 
     @property
+    def samples(self) -> Schedule:
+        """Which samples each step consumes."""
+        training, seq_len = self.training, self.data.seq_len
+        stages = [(s.steps, s.seq_len or seq_len, s.global_batch or training.global_batch) for s in training.stages]
+        return Schedule(seq_len, training.global_batch, stages)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole budget; the schedule runs over them."""
-        limits = []
+        limits, samples = [], self.samples
         if self.training.max_steps is not None:
             limits.append(self.training.max_steps)
         if self.training.max_tokens is not None:
-            limits.append(-(-self.training.max_tokens // (self.training.global_batch * self.data.seq_len)))
+            limits.append(samples.steps(self.training.max_tokens))
+        if any(source.tokens for source in self.data.sources):
+            limits.append(samples.steps(sum(source.tokens for source in self.data.sources)))
         return min(limits)
 
     @property
     def run_folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
 
-    def grad_accumulation(self, world_size: int) -> int:
-        """Forward passes per optimizer step on each rank. Raises UserError when the batch does not divide."""
-        per_pass = self.training.micro_batch * world_size
-        if self.training.global_batch % per_pass:
-            raise UserError(
-                f"training.global_batch={self.training.global_batch} is not a multiple of training.micro_batch="
-                f"{self.training.micro_batch} x {world_size} ranks = {per_pass}; change one of them"
-            )
-        return self.training.global_batch // per_pass
+    def grad_accumulation(self, world_size: int, step: int | None = None) -> int:
+        """Forward passes of a step on each rank; without `step`, of those after `training.stages`. Raises UserError when the
+        batch of any stage does not divide."""
+        samples, micro_batch = self.samples, self.training.micro_batch
+        for number, stage in enumerate(samples.stages):
+            per_pass = micro_batch * stage.parts * world_size
+            shorter = f" x {stage.parts}, as sequences are shorter," if stage.parts > 1 else ""
+            if stage.global_batch % per_pass:
+                name = "training" if stage is samples.stages[-1] else f"training.stages[{number}]"
+                raise UserError(f"{name}.global_batch={stage.global_batch} is not a multiple of training.micro_batch="
+                                f"{micro_batch}{shorter} x {world_size} ranks = {per_pass}; change one of them")  # fmt: skip
+        stage = samples.stages[-1] if step is None else samples.stage(step)
+        return stage.global_batch // (micro_batch * stage.parts * world_size)
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal `Config`."""
@@ -376,6 +413,10 @@ def _check_ranges(section, prefix: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{path}.")
             continue
+        if isinstance(value, list):
+            for number, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    _check_ranges(item, f"{path}[{number}].")
         meta = f.metadata
         if value is None or not meta:
             continue
@@ -425,7 +466,9 @@ def _check_combinations(config: Config) -> None:
                         f"{2 * model.s5.n_blocks}; change one of them")
     _check_heads(model, "mamba2", "n_groups")
     _check_heads(model, "attention", "queries_per_key")
-    if training.max_steps is None and training.max_tokens is None:
+    _check_sources(config.data.sources)
+    _check_stages(config)
+    if training.max_steps is None and training.max_tokens is None and not any(s.tokens for s in config.data.sources):
         raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
     if schedule.kind == "wsd" and not schedule.decay_steps:
         raise UserError("schedule.decay_steps must be > 0 with schedule.kind=wsd")
@@ -442,6 +485,29 @@ def _check_combinations(config: Config) -> None:
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", config.run.name):
         raise UserError(f"run.name='{config.run.name}' must be letters, digits, '.', '_' and '-': it names a folder")
+
+
+def _check_sources(sources: list[SourceConfig]) -> None:
+    for number, source in enumerate(sources):
+        path = f"data.sources[{number}]"
+        if not source.path:
+            raise UserError(f"{path}.path is missing; name a folder written by launch/prepare_data.py")
+        if (source.weight is None) == (source.tokens is None):
+            raise UserError(f"{path}: give either weight or tokens")
+        if (source.weight is None) != (sources[0].weight is None):
+            raise UserError(f"{path}: some sources have weights and others tokens; give all of them the same")
+
+
+def _check_stages(config: Config) -> None:
+    training, full = config.training, config.data.seq_len
+    for number, stage in enumerate(training.stages):
+        path, length, batch = f"training.stages[{number}]", stage.seq_len or full, stage.global_batch or training.global_batch
+        if full % length:
+            raise UserError(f"{path}.seq_len={length} is not a divisor of data.seq_len={full}")
+        rows = training.micro_batch * (full // length)  # of a pass: as many tokens as at full length
+        if batch % rows:
+            raise UserError(f"{path}.global_batch={batch} is not a multiple of training.micro_batch x data.seq_len / seq_len = "
+                            f"{rows}")  # fmt: skip
 
 
 def _check_heads(model: ModelConfig, name: str, per_head: str) -> None:

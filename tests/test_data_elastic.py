@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import digest, order, stream
+from data_pipeline import digest, order, windows
+from data_pipeline import index as data_index
 from data_pipeline.index import Index, Shard
+from data_pipeline.schedule import Schedule
 from data_pipeline.stream import TokenStream
+from data_pipeline.windows import Windows
 from serpent_scale.config import TrainingConfig
 from serpent_scale.training.streams import first_sample
 from unique_corpus import write_corpus
@@ -34,13 +37,15 @@ class Rank:
 
     def __init__(self, folder, training, world, rank, step, ahead):
         self.stream, self.training, self.world, self.rank = open_stream(folder), training, world, rank
+        self.stage = Schedule(SEQ_LEN, training.global_batch).stage(0)
         self.accumulation = training.global_batch // (world * training.micro_batch)
         self.ahead, self.fetched, self.next = ahead, deque(), step * self.accumulation
 
     def take(self):
         """The batch whose turn it is."""
         while len(self.fetched) <= self.ahead:
-            first = first_sample(self.training, self.world, self.rank, *divmod(self.next, self.accumulation))
+            turn = divmod(self.next, self.accumulation)
+            first = first_sample(self.stage, self.training.micro_batch, self.world, self.rank, *turn)
             self.fetched.append(self.stream.batch(first, self.training.micro_batch))
             self.next += 1
         return self.fetched.popleft()
@@ -118,6 +123,18 @@ def test_a_run_killed_a_hundred_times_on_changing_ranks_reads_every_token_once(d
     assert json.loads(state)["digest"] == digest.to_hex(whole.batch(0, 24 * total).digest)
 
 
+def test_shards_that_do_not_fit_are_opened_again_and_hashed_once(data, monkeypatch):
+    roomy, hashed = open_stream(data), []
+    monkeypatch.setattr(windows, "OPEN_BYTES", 0)
+    monkeypatch.setattr(windows, "FEW", 1)  # the other way of copying
+    verify = data_index.verify_shard
+    monkeypatch.setattr(data_index, "verify_shard", lambda index, number, path: hashed.append(number) or verify(index, number))
+    tight = open_stream(data)
+    assert tight.batch(0, tight.n_windows).digest == roomy.batch(0, tight.n_windows).digest
+    n_shards = len(tight.index.shards)
+    assert len(tight.sources[0]._opened) == 1 and sorted(hashed) == sorted(2 * [*range(n_shards)])
+
+
 def test_the_digest_knows_every_change_of_a_sample(data):
     stream = open_stream(data)
     good = stream.sample(7)
@@ -170,15 +187,14 @@ def synthetic(n_shards: int, shard_tokens: int) -> Index:
 
 def test_seeking_costs_the_same_at_any_position(monkeypatch):
     index = synthetic(1000, 1_000_000_000)
-    monkeypatch.setattr(stream, "load_index", lambda folder: index)
     calls = []
     for name in ("permute", "permutation"):
-        function = getattr(stream, name)
-        monkeypatch.setattr(stream, name, lambda *args, f=function, name=name: calls.append(name) or f(*args))
+        function = getattr(windows, name)
+        monkeypatch.setattr(windows, name, lambda *args, f=function, name=name: calls.append(name) or f(*args))
     steps = []
     monkeypatch.setattr(order, "_mix", lambda x, mix=order._mix: steps.append(1) or mix(x))
     for g in (0, 10**6, 10**9, 10**12, 10**15):
-        seeker = TokenStream("", "train", 2048, 1, 8192)
+        seeker = Windows(index, 2048, 1, 8192)
         calls.clear(), steps.clear()
         spans = seeker.spans(g)
         assert sum(last - first for _, first, last in spans) == 2049 and len(spans) <= 2
@@ -187,11 +203,10 @@ def test_seeking_costs_the_same_at_any_position(monkeypatch):
         assert calls == ["permutation", "permute", "permute"]
 
 
-def test_spans_of_an_epoch_cover_every_token_once(monkeypatch):
+def test_spans_of_an_epoch_cover_every_token_once():
     """Against the order told shard by shard: the line of an epoch, cut."""
     index = synthetic(7, 100)
-    monkeypatch.setattr(stream, "load_index", lambda folder: index)
-    seeker = TokenStream("", "train", 9, 4, 10)
+    seeker = Windows(index, 9, 4, 10)
     for epoch in (0, 1, 10**6):
         shards = [order.permute(i, 7, order.derive_key("shards", 4, epoch)) for i in range(7)]
         line = [(shard, token) for shard in shards for token in range(index.shards[shard].tokens)]

@@ -14,8 +14,9 @@ import torch
 from data_pipeline import order
 from data_pipeline.index import load_index, verify_shard
 from data_pipeline.shards import prepare_split
-from data_pipeline.stream import IGNORE, TokenStream, documents, token_counts
+from data_pipeline.stream import TokenStream, documents, token_counts
 from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.windows import IGNORE
 from serpent_scale.errors import UserError
 
 LENGTHS = [1, 700, 3, 1, 1, 40, 2, 90, 260, 5, 1, 33, 64, 62, 61, 1, 9]
@@ -151,7 +152,7 @@ def test_state_goes_round_and_names_what_differs(data, tmp_path):
     ]:
         with pytest.raises(UserError, match=f"{key} was"):
             other.check_state(state)
-    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 3}, {"seed": True}, {"more": 1}, {"digest": None},
+    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 4}, {"seed": True}, {"more": 1}, {"digest": None},
                    {"digest": "ff"}, {"digest": "F" * 32}, {"digest": 5}, {"next_sample": 0}):  # fmt: skip
         with pytest.raises(UserError, match="data state"):
             stream.check_state(state | change)

@@ -23,12 +23,13 @@ class Counter:
         return [list(range(first, first + n)) for first, n in pairs]
 
 
-def write_corpus(folder: Path, documents: int, shard_tokens: int) -> None:
-    """Write DATA/train with `documents` documents."""
-    texts, first = [], 1
+def write_corpus(folder: Path, documents: int, shard_tokens: int, first: int = 1, vocab_size: int | None = None) -> int:
+    """Write DATA/train with `documents` documents, whose tokens are `first` and those after it; one past the last."""
+    texts = []
     for i in range(documents):
         texts.append(f"{first} {LENGTHS[i % len(LENGTHS)]}")
         first += LENGTHS[i % len(LENGTHS)]
     folder.mkdir(exist_ok=True)
-    tokenizer = Counter(folder / "tokenizer.json", first)
+    tokenizer = Counter(folder / "tokenizer.json", vocab_size or first)
     prepare_split(folder / "train", texts, tokenizer, request={}, word_rule="whitespace", shard_tokens=shard_tokens)
+    return first

@@ -56,8 +56,8 @@ class Metrics:
             self.wandb_id = self._wandb.id
 
     def log(self, step: int, values: dict) -> None:
-        """A training step: loss, grad_norm, lr, tokens_per_second, mfu, memory_gib, tokens, data_seconds, data_digest (hex, of
-        all samples consumed so far), ..."""
+        """A training step: loss, grad_norm, lr, tokens_per_second, mfu, memory_gib, tokens, data_seconds, data_share (of
+        the step, waiting for data), data_digest (hex, of all samples consumed so far), ..."""
         self._write("train", step, values)
         if self._bar is not None:
             self._bar.set_postfix_str(_short(values), refresh=False)
@@ -122,6 +122,8 @@ def _supersede(path: Path, start_step: int) -> None:
 def _short(values: dict) -> str:
     parts = [f"loss {values['loss']:.4f}", f"{values['tokens_per_second']:,.0f} tok/s", f"norm {values['grad_norm']:.3f}",
              f"lr {values['lr']:.2e}"]
+    if values.get("data_share") is not None:
+        parts.append(f"data {values['data_share']:.1%}")
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
     if values.get("memory_gib") is not None:

@@ -39,11 +39,12 @@ class DeviceBatch:
     labels: torch.Tensor
     documents: Documents
     digest: int  # of the samples
+    tokens_skipped: int
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
         tokens, labels, reset = (send(tensor, device) for tensor in (batch.tokens, batch.labels, batch.reset))
-        return cls(tokens, labels, Documents(reset, batch.lengths), batch.digest)
+        return cls(tokens, labels, Documents(reset, batch.lengths), batch.digest, batch.tokens_skipped)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -60,7 +61,8 @@ class Trainer:
 
     def __init__(self, config: Config, processes: Processes, start: str):
         self.config, self.processes = config, processes
-        self.accumulation = config.grad_accumulation(processes.world_size)
+        config.grad_accumulation(processes.world_size)  # refuses what does not divide
+        self.samples = config.samples
         device = processes.device
         self.stream, self.validation = open_streams(config)
         self.tokenizer = self.stream.index.tokenizer_path.read_text()
@@ -87,7 +89,7 @@ class Trainer:
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
         self.digest = 0  # of all samples consumed, by all ranks
-        self.ahead: tuple[int, DeviceBatch] | None = None  # a batch fetched before its turn, and its first sample
+        self.ahead: tuple[tuple[int, int], DeviceBatch] | None = None  # a batch fetched before its turn, and its step and pass
 
     @property
     def checkpoints(self) -> Path:
@@ -116,10 +118,10 @@ class Trainer:
         apply_settings(self.optimizer, self.config)
         self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
         samples, self.digest = self.stream.check_state(state["data"])
-        if samples != self.step * self.config.training.global_batch:
+        if samples != self.samples.samples(self.step):
             raise UserError(
                 f"{path}: written with another training.global_batch ({samples} samples in {self.step} steps); "
-                f"set training.global_batch={samples // max(self.step, 1)}"
+                "set the one it was begun with" + ("" if self.config.training.stages else f", {samples // max(self.step, 1)}")
             )
         if self.processes.rank == 0:
             print(f"resumed from {path}, step {self.step}", flush=True)
@@ -156,39 +158,42 @@ class Trainer:
 
         The host waits for the device once, at the end, for the loss and the gradient norm.
         """
-        training, started = self.config.training, time.perf_counter()
+        started, tokens = time.perf_counter(), self.samples.tokens(self.step + 1) - self.samples.tokens(self.step)
         rate = learning_rate(self.step, self.config.schedule, self.config.total_steps, self.config.optimizer.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
-        consumed = 0
-        for micro_step in range(self.accumulation):
+        consumed = skipped = 0
+        accumulation = self._begin_step()
+        for micro_step in range(accumulation):
             fetched = time.perf_counter()
-            batch = self._batch(self._first_sample(self.step, micro_step))
+            batch = self._batch(self.step, micro_step)
             data_seconds += time.perf_counter() - fetched
             consumed += batch.digest
+            skipped += batch.tokens_skipped
             loss_sum = self._loss(batch)
             # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
             self.engine.backward(loss_sum / batch.tokens.numel())
-            self._fetch_ahead(micro_step)
+            self._fetch_ahead(micro_step, accumulation)
             self.engine.step()
             totals += self._totals(loss_sum, batch)
         # The limbs go along as float64, which holds them exactly: one collective, one wait.
-        limbs = torch.tensor(digest.to_limbs(consumed), dtype=torch.float64)
-        totals = torch.cat([totals, send(limbs, self.processes.device)])
-        loss_sum, labels, *limbs = all_reduce_sum(totals).tolist()
+        counts = torch.tensor([skipped, *digest.to_limbs(consumed)], dtype=torch.float64)
+        totals = torch.cat([totals, send(counts, self.processes.device)])
+        loss_sum, labels, skipped, *limbs = all_reduce_sum(totals).tolist()
+        if skipped:
+            self._agree_on_skipped(int(skipped))
         loss, norm = loss_sum / labels if labels else math.nan, float(self.engine.get_global_grad_norm())
         self._count_bad_steps(loss, norm)
         self.step += 1
         self.digest = (self.digest + digest.from_limbs(limbs)) % digest.MODULUS
-        tokens = training.global_batch * self.config.data.seq_len
         self.tokens += tokens
         seconds = time.perf_counter() - started
         return {
             "loss": loss, "grad_norm": norm, "lr": rate, "tokens": self.tokens, "tokens_per_second": tokens / seconds,
             "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
-            "step_seconds": seconds, "data_seconds": data_seconds,
-            "data_digest": digest.to_hex(self.digest),
+            "step_seconds": seconds, "data_seconds": data_seconds, "data_share": data_seconds / seconds,
+            "data_digest": digest.to_hex(self.digest), "tokens_skipped": self.stream.tokens_skipped,
         }
 
     @torch.no_grad()
@@ -213,7 +218,7 @@ class Trainer:
     def save(self) -> Path:
         state = {
             "step": self.step, "tokens": self.tokens,
-            "data": self.stream.state(self.step * self.config.training.global_batch, self.digest),
+            "data": self.stream.state(self.samples.samples(self.step), self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
@@ -227,22 +232,40 @@ class Trainer:
         """(2,) float64: the loss summed over labelled tokens, and their number."""
         return torch.stack([loss_sum.detach().double(), (batch.labels >= 0).sum().double()])
 
-    def _batch(self, first: int) -> DeviceBatch:
-        """The micro-batch that begins with sample `first`."""
+    def _begin_step(self) -> int:
+        """Tell DeepSpeed this step's batch, which `training.stages` may change; the number of passes."""
+        stage, world_size = self.samples.stage(self.step), self.processes.world_size
+        accumulation = self.config.grad_accumulation(world_size, self.step)
+        rows = self.config.training.micro_batch * stage.parts
+        if (rows, accumulation) != (self.engine.train_micro_batch_size_per_gpu(), self.engine.gradient_accumulation_steps()):
+            self.engine.set_train_micro_batch_size(rows)
+            self.engine.set_train_batch_size(stage.global_batch)
+            self.engine.micro_steps = 0  # it steps where these are a multiple of the passes
+        return accumulation
+
+    def _agree_on_skipped(self, tokens: int) -> None:
+        """All ranks leave out what any of them found damaged, from the next step on."""
+        known = self.stream.skipped
+        for shards in on_every_rank(lambda: known):
+            self.stream.skip(shards)
+        self.stream.tokens_skipped += tokens
+        if self.stream.skipped != known:
+            self.ahead = None  # it may hold what is left out now
+
+    def _batch(self, step: int, micro_step: int) -> DeviceBatch:
+        """This rank's micro-batch of a pass."""
         ahead, self.ahead = self.ahead, None
-        if ahead and ahead[0] == first:
+        if ahead and ahead[0] == (step, micro_step):
             return ahead[1]
-        return DeviceBatch.of(self.stream.batch(first, self.config.training.micro_batch), self.processes.device)
+        stage, micro_batch = self.samples.stage(step), self.config.training.micro_batch
+        first = first_sample(stage, micro_batch, self.processes.world_size, self.processes.rank, step, micro_step)
+        return DeviceBatch.of(self.stream.batch(first, micro_batch * stage.parts), self.processes.device)
 
-    def _fetch_ahead(self, micro_step: int) -> None:
+    def _fetch_ahead(self, micro_step: int, accumulation: int) -> None:
         """Get the batch after this one while the device is at work. Not past the budget, and not for the CPU: it is at work."""
-        step, micro_step = (self.step, micro_step + 1) if micro_step + 1 < self.accumulation else (self.step + 1, 0)
-        if self.processes.device.type == "cuda" and step < self.config.total_steps:
-            first = self._first_sample(step, micro_step)
-            self.ahead = first, self._batch(first)
-
-    def _first_sample(self, step: int, micro_step: int) -> int:
-        return first_sample(self.config.training, self.processes.world_size, self.processes.rank, step, micro_step)
+        following = (self.step, micro_step + 1) if micro_step + 1 < accumulation else (self.step + 1, 0)
+        if self.processes.device.type == "cuda" and following[0] < self.config.total_steps:
+            self.ahead = following, self._batch(*following)
 
     def _count_bad_steps(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -250,10 +273,10 @@ class Trainer:
             return
         self.bad_steps += 1
         if self.bad_steps >= self.config.training.max_bad_steps:
-            first = self.step * self.config.training.global_batch
+            first = self.samples.samples(self.step)
             raise UserError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {norm}, not finite {self.bad_steps} steps in a row (samples "
-                f"{first} to {first + self.config.training.global_batch - 1}); lower optimizer.lr or raise training.max_bad_steps"
+                f"{first} to {self.samples.samples(self.step + 1) - 1}); lower optimizer.lr or raise training.max_bad_steps"
             )
 
     def _open_metrics(self) -> Metrics:
