@@ -138,6 +138,7 @@ class TrainingConfig:
 class CheckpointConfig:
     every: int = setting(1000, "steps between checkpoints; one is always written at the end", ge=1)
     keep_last: int = setting(3, "checkpoints kept; at least 2, so that one is always whole", ge=2)
+    keep_every: Optional[int] = setting(None, "checkpoints whose step is a multiple of this are kept for good; null: none", ge=1)
 
 
 @dataclass

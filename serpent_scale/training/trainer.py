@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from data_pipeline import digest
 from data_pipeline.stream import Batch
 from serpent_scale.checkpoint import store
+from serpent_scale.checkpoint.version import code_version
 from serpent_scale.config import Config, check_same_model
 from serpent_scale.errors import UserError
 from serpent_scale.model.accounting import GIB, flops_per_token
@@ -75,6 +77,7 @@ class Trainer:
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
         self.digest = 0  # of all samples consumed, by all ranks
+        self.code = code_version()
         self.ahead: tuple[int, DeviceBatch] | None = None  # a batch fetched before its turn, and its first sample
 
     @property
@@ -99,6 +102,8 @@ class Trainer:
             )
         if self.processes.rank == 0:
             print(f"resumed from {path}, step {self.step}", flush=True)
+            if state.get("code") != self.code:
+                print(f"note: another version of the code wrote it: {state.get('code')}, this is {self.code}", flush=True)
             if state["data"]["format"] == 1:
                 print(f"note: it has no digest of its samples; data_digest counts those after step {self.step}", flush=True)
 
@@ -121,7 +126,7 @@ class Trainer:
             if config.evaluation.every and self.step % config.evaluation.every == 0 and self.step < last:
                 self.evaluate()
             if self.step % config.checkpoint.every == 0 and self.step < last and not self.bad_steps:
-                self.save()  # not while the loss is not finite: such checkpoints would push out the good ones
+                self.save_if_possible()  # not while the loss is not finite: such checkpoints would push out the good ones
         self.evaluate()
         self.save()
         if self.metrics:
@@ -186,14 +191,23 @@ class Trainer:
             self.metrics.log_evaluation(self.step, {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": self.tokens})
         return loss
 
+    def save_if_possible(self) -> None:
+        """A full disk is no reason to stop: the older checkpoints are whole, and there may be room the next time."""
+        try:
+            self.save()
+        except UserError as error:
+            if self.processes.rank == 0:
+                print(f"warning: step {self.step} is not saved, training goes on: {error}", file=sys.stderr, flush=True)
+
     def save(self) -> Path:
         state = {
-            "step": self.step, "tokens": self.tokens,
+            "step": self.step, "tokens": self.tokens, "code": self.code,
             "data": self.stream.state(self.step * self.config.training.global_batch, self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
-        return store.save(self.engine, self.checkpoints, self.step, state, texts, self.config.checkpoint.keep_last)
+        keep = self.config.checkpoint
+        return store.save(self.engine, self.checkpoints, self.step, state, texts, keep.keep_last, keep.keep_every)
 
     def _loss(self, batch: DeviceBatch) -> torch.Tensor:
         loss_sum, _ = self.engine(batch.tokens, batch.documents, batch.labels)
