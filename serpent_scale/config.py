@@ -131,6 +131,10 @@ class TrainingConfig:
     activation_checkpointing: bool = setting(False, "recompute each block in the backward pass")
     deterministic: bool = setting(False, "torch's operations repeat to the bit, some slower; our kernels always do")
     max_bad_steps: int = setting(5, "stop after this many steps in a row with a non-finite loss or gradient", ge=1)
+    spike_zscore: Optional[float] = setting(None, "robust z-score of a loss that makes the run go back; null: none does", gt=0)
+    max_rollbacks: int = setting(3, "go back to the last checkpoint after a loss spike at most this often", ge=0)
+    check_replicas: int = setting(100, "steps between comparisons of the ranks' parameters, bit by bit; 0: never", ge=0)
+    hang_timeout: float = setting(1800.0, "seconds without progress until all ranks print their stacks and leave; 0: never", ge=0)
     peak_tflops: Optional[float] = setting(None, "peak of one device for the utilisation figure; null: by device name", gt=0)
 
 
@@ -139,6 +143,7 @@ class CheckpointConfig:
     every: int = setting(1000, "steps between checkpoints; one is always written at the end", ge=1)
     keep_last: int = setting(3, "checkpoints kept; at least 2, so that one is always whole", ge=2)
     keep_every: Optional[int] = setting(None, "checkpoints whose step is a multiple of this are kept for good; null: none", ge=1)
+    background: bool = setting(True, "write while training goes on, from a copy in host memory; false: training waits")
 
 
 @dataclass

@@ -38,17 +38,26 @@ def history(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def lines(config: Config) -> dict[tuple[str, int], float]:
+    """Loss by kind of line, training and evaluation, and step."""
+    found = [line for line in history(config) if "loss" in line]
+    assert len(found) == len({(line["kind"], line["step"]) for line in found}), "no step is there twice"
+    return {(line["kind"], line["step"]): line["loss"] for line in found}
+
+
 def losses(config: Config) -> dict[int, float]:
     """Loss by step of training."""
     return {line["step"]: line["loss"] for line in history(config) if line["kind"] == "train"}
 
 
-def train(processes, config: Config, resume: str = "auto") -> None:
-    """For `run_ranks`: what launch/pretrain.py does."""
+def train(processes, config: Config, prepare=None):
+    """For `run_ranks`: what launch/pretrain.py does; whether the run was finished. `prepare(trainer)` may meddle with it."""
     from serpent_scale.parallel.processes import on_rank_zero
     from serpent_scale.training.trainer import Trainer, prepare_run_folder
 
     on_rank_zero(lambda: prepare_run_folder(config.run_folder))
     trainer = Trainer(config, processes)
-    trainer.resume(resume)
-    trainer.train()
+    trainer.resume("auto")
+    if prepare is not None:
+        prepare(trainer)
+    return trainer.train()

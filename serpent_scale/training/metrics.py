@@ -1,7 +1,7 @@
 """Where a run's figures go: `metrics.jsonl` always, the terminal, and Weights & Biases if asked. Rank 0 only.
 
-metrics.jsonl holds one object per line with `kind` (train or evaluation) and `step`. A resumed run first moves the lines of
-steps it will take again to `metrics.superseded.jsonl`: the file is one history without forks.
+metrics.jsonl holds one object per line with `kind` (train, evaluation, checkpoint or rollback) and `step`. A resumed run first
+moves the lines of steps it will take again to `metrics.superseded.jsonl`: the file is one history without forks.
 """
 from __future__ import annotations
 
@@ -69,6 +69,16 @@ class Metrics:
     def log_evaluation(self, step: int, values: dict) -> None:
         self._write("evaluation", step, values)
         self._say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
+
+    def log_checkpoint(self, step: int, values: dict) -> None:
+        """bytes, seconds from the start of a save to its rename, stall_seconds of them in which training stood still."""
+        self._write("checkpoint", step, values)
+
+    def log_rollback(self, step: int, values: dict) -> None:
+        """The state is that after `step` again: spike_step, loss, z_score, skips ([first, last) of the samples left out), ..."""
+        self._write("rollback", step, values)
+        self._say(f"step {values['spike_step']}: loss {values['loss']:.4f} is a spike ({values['z_score']:.1f} deviations); "
+                  f"back to step {step} without samples {values['skips'][0]} to {values['skips'][1] - 1}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,13 @@ from serpent_scale.errors import UserError
 from serpent_scale.model.accounting import GIB, flops_per_token
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
-from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_rank_zero
+from serpent_scale.parallel import watchdog
+from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
+from serpent_scale.training import badsteps, signals
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
+from serpent_scale.training.replicas import check_replicas
 from serpent_scale.training.streams import first_sample, open_streams
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
@@ -75,7 +79,14 @@ class Trainer:
             raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
-        self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
+        self.step, self.tokens, self.wandb_id, self.metrics = 0, 0, None, None
+        dump = config.run_folder / badsteps.NAME if processes.rank == 0 else None
+        self.bad_steps = badsteps.BadSteps(config.training.max_bad_steps, dump)
+        self.spikes, self.rollbacks = badsteps.SpikeDetector(config.training.spike_zscore), 0
+        self.skipped = 0  # samples left out by rollbacks
+        self.evaluation_due, self.stopping, self.saved_at = False, False, None
+        self.writing: store.Save | None = None  # a checkpoint on its way to the disk
+        self.written = True  # by all ranks
         self.digest = 0  # of all samples consumed, by all ranks
         self.code = code_version()
         self.ahead: tuple[int, DeviceBatch] | None = None  # a batch fetched before its turn, and its first sample
@@ -90,16 +101,7 @@ class Trainer:
         path = on_rank_zero(lambda: find_checkpoint(where, self.checkpoints))
         if path is None:
             return
-        state = store.load(self.engine, path)
-        on_rank_zero(lambda: check_same_model(self.config, path / "config.yaml"))
-        apply_settings(self.optimizer, self.config)
-        self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
-        samples, self.digest = self.stream.check_state(state["data"])
-        if samples != self.step * self.config.training.global_batch:
-            raise UserError(
-                f"{path}: written with another training.global_batch ({samples} samples in {self.step} steps); "
-                f"set training.global_batch={samples // max(self.step, 1)}"
-            )
+        state = self._take_up(path)
         if self.processes.rank == 0:
             print(f"resumed from {path}, step {self.step}", flush=True)
             if state.get("code") != self.code:
@@ -107,30 +109,55 @@ class Trainer:
             if state["data"]["format"] == 1:
                 print(f"note: it has no digest of its samples; data_digest counts those after step {self.step}", flush=True)
 
-    def train(self) -> None:
-        """Run to the budget, or to training.stop_at_step."""
+    def _take_up(self, path: Path) -> dict:
+        """Go on from a checkpoint: its `trainer.json`."""
+        watchdog.beat(f"loading {path.name}")
+        state = store.load(self.engine, path)
+        on_rank_zero(lambda: check_same_model(self.config, path / "config.yaml"))
+        apply_settings(self.optimizer, self.config)
+        self.step, self.tokens, self.wandb_id, self.ahead = state["step"], state["tokens"], state["wandb_id"], None
+        samples, self.digest = self.stream.check_state(state["data"])
+        self.skipped, self.rollbacks, self.evaluation_due = state["skipped"], state["rollbacks"], state["evaluation_due"]
+        self.spikes.losses = deque(state["losses"], maxlen=badsteps.WINDOW)
+        self.saved_at = None if self.evaluation_due else self.step
+        if samples != self._next_sample():
+            samples -= self.skipped
+            raise UserError(
+                f"{path}: written with another training.global_batch ({samples} samples in {self.step} steps); "
+                f"set training.global_batch={samples // max(self.step, 1)}"
+            )
+        return state
+
+    def train(self) -> bool:
+        """Run to the budget, or to training.stop_at_step; False when a signal ended it before, after a checkpoint."""
         config = self.config
         last = min(config.total_steps, config.training.stop_at_step or config.total_steps)
-        if self.step >= last:
+        if self.step >= last and not self.evaluation_due:
             if self.processes.rank == 0:
                 keys = "training.stop_at_step" if last < config.total_steps else "training.max_steps or training.max_tokens"
                 print(f"nothing to do: the run is at step {self.step} and was to end at {last}; raise {keys} to go on", flush=True)
-            return
+            return True
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
         if self.processes.rank == 0:
             (config.run_folder / "config.yaml").write_text(config.to_yaml())
-        if self.step == 0 and config.evaluation.every:
-            self.evaluate()
-        while self.step < last:
-            self._log(self.train_step())
-            if config.evaluation.every and self.step % config.evaluation.every == 0 and self.step < last:
+        self.evaluation_due |= self.step == 0 and config.evaluation.every > 0
+        self._agree_to_stop()
+        while True:
+            if self.evaluation_due and not self.stopping:
                 self.evaluate()
-            if self.step % config.checkpoint.every == 0 and self.step < last and not self.bad_steps:
-                self.save_if_possible()  # not while the loss is not finite: such checkpoints would push out the good ones
-        self.evaluate()
-        self.save()
+            self._save_if_due(ends := self.stopping or self.step >= last)
+            if ends:
+                break
+            values = self.train_step()
+            self._log(values)
+            self.evaluation_due = self.step >= last or bool(config.evaluation.every and self.step % config.evaluation.every == 0)
+            if config.training.check_replicas and self.step % config.training.check_replicas == 0:
+                check_replicas(self.engine.module, self.step)
+            if self.spikes.is_spike(values["loss"]):
+                self._roll_back(values["loss"])
         if self.metrics:
             self.metrics.close()
+        return self.step >= last and not self.evaluation_due
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch: its metrics.
@@ -142,24 +169,30 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
-        consumed = 0
+        consumed, losses = 0, []
         for micro_step in range(self.accumulation):
+            watchdog.beat(f"step {self.step + 1}, pass {micro_step + 1}")
             fetched = time.perf_counter()
             batch = self._batch(self._first_sample(self.step, micro_step))
             data_seconds += time.perf_counter() - fetched
             consumed += batch.digest
             loss_sum = self._loss(batch)
-            # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
-            self.engine.backward(loss_sum / batch.tokens.numel())
+            losses.append(loss_sum.detach())
+            # A fixed divisor: the global gradient does not depend on how documents fall on ranks. NaN where the loss is not
+            # finite: its gradient may be, and then only no rank makes the step when every rank's gradient is not.
+            self.engine.backward(loss_sum / torch.where(losses[-1].isfinite(), float(batch.tokens.numel()), math.nan))
             self._fetch_ahead(micro_step)
             self.engine.step()
             totals += self._totals(loss_sum, batch)
         # The limbs go along as float64, which holds them exactly: one collective, one wait.
-        limbs = torch.tensor(digest.to_limbs(consumed), dtype=torch.float64)
+        done = self.writing is None or self.writing.done
+        limbs = torch.tensor([signals.received() is not None, done, *digest.to_limbs(consumed)], dtype=torch.float64)
         totals = torch.cat([totals, send(limbs, self.processes.device)])
-        loss_sum, labels, *limbs = all_reduce_sum(totals).tolist()
+        loss_sum, labels, stop, done, *limbs = all_reduce_sum(totals).tolist()
+        self.stopping, self.written = stop > 0, done == self.processes.world_size
         loss, norm = loss_sum / labels if labels else math.nan, float(self.engine.get_global_grad_norm())
-        self._count_bad_steps(loss, norm)
+        at_fault = [] if math.isfinite(loss) and math.isfinite(norm) else self._samples_at_fault(losses)
+        self.bad_steps.count(self.step + 1, loss, norm, at_fault)
         self.step += 1
         self.digest = (self.digest + digest.from_limbs(limbs)) % digest.MODULUS
         tokens = training.global_batch * self.config.data.seq_len
@@ -173,13 +206,17 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks."""
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks; None if a signal came."""
         stream, rows = self.validation, self.config.training.micro_batch
         windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
         totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.processes.world_size
         self.engine.eval()
-        for first in range(self.processes.rank * rows, windows + self.processes.rank * rows, stride):
+        for i, first in enumerate(range(self.processes.rank * rows, windows + self.processes.rank * rows, stride)):
+            watchdog.beat(f"evaluation after step {self.step}")
+            if i % self.accumulation == 0 and self._agree_to_stop():  # about as often as in training
+                self.engine.train()
+                return None
             # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
             batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device)
             batch.labels[max(0, windows - first) :] = -100
@@ -187,27 +224,91 @@ class Trainer:
         self.engine.train()
         all_reduce_sum(totals)
         loss = (totals[0] / totals[1]).item()
+        self.evaluation_due = False
         if self.metrics:
             self.metrics.log_evaluation(self.step, {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": self.tokens})
         return loss
 
-    def save_if_possible(self) -> None:
-        """A full disk is no reason to stop: the older checkpoints are whole, and there may be room the next time."""
-        try:
-            self.save()
-        except UserError as error:
-            if self.processes.rank == 0:
-                print(f"warning: step {self.step} is not saved, training goes on: {error}", file=sys.stderr, flush=True)
+    def save(self) -> None:
+        """Write a checkpoint of this moment and wait for it. Raises UserError."""
+        self._finish_writing()
+        self._finish_writing(self._begin_to_write(copy=False), must=True)
 
-    def save(self) -> Path:
+    def _save_if_due(self, ends: bool) -> None:
+        """Take care of checkpoints at a step's end; when the run `ends`, all there is to save is on the disk afterwards."""
+        if self.written or ends:
+            self._finish_writing()
+        if self.saved_at == self.step or self.step == 0 or not (ends or self.step % self.config.checkpoint.every == 0):
+            return
+        if self.bad_steps:
+            return  # not while the loss is not finite: such checkpoints would push out the good ones
+        watchdog.beat(f"saving step {self.step}")
+        if ends:
+            return self.save()
+        self._finish_writing()
+        try:
+            self.writing = self._begin_to_write(copy=self.config.checkpoint.background)
+        except UserError as error:
+            self._warn_not_saved(error)
+        if not self.config.checkpoint.background:
+            self._finish_writing()
+
+    def _begin_to_write(self, copy: bool) -> store.Save:
         state = {
-            "step": self.step, "tokens": self.tokens, "code": self.code,
-            "data": self.stream.state(self.step * self.config.training.global_batch, self.digest),
+            "step": self.step, "tokens": self.tokens, "code": self.code, "skipped": self.skipped, "rollbacks": self.rollbacks,
+            "losses": list(self.spikes.losses), "evaluation_due": self.evaluation_due,
+            "data": self.stream.state(self._next_sample(), self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
+        return store.begin(self.engine, self.checkpoints, self.step, state, texts, copy)
+
+    def _finish_writing(self, writing: store.Save | None = None, must: bool = False) -> None:
+        """Publish what is being written. A full disk is no reason to stop, unless it `must` be saved: the older checkpoints are
+        whole, and there may be room the next time."""
+        writing, self.writing = writing or self.writing, None
+        if writing is None:
+            return
         keep = self.config.checkpoint
-        return store.save(self.engine, self.checkpoints, self.step, state, texts, keep.keep_last, keep.keep_every)
+        try:
+            saved = writing.finish(keep.keep_last, keep.keep_every)
+        except UserError as error:
+            if must:
+                raise
+            return self._warn_not_saved(error)
+        self.saved_at = int(saved.path.name[5:])
+        if self.metrics:
+            self.metrics.log_checkpoint(self.saved_at, {
+                "bytes": saved.bytes, "seconds": saved.seconds, "stall_seconds": saved.stall_seconds})
+
+    def _warn_not_saved(self, error: UserError) -> None:
+        if self.processes.rank == 0:
+            print(f"warning: a checkpoint is not saved, training goes on: {error}", file=sys.stderr, flush=True)
+
+    def _roll_back(self, loss: float) -> None:
+        """After a loss spike: the last checkpoint again, without the samples from there to here."""
+        self._finish_writing()
+        path = on_rank_zero(lambda: _newest(self.checkpoints)[0])
+        if path is None or self.rollbacks >= self.config.training.max_rollbacks:
+            if self.processes.rank == 0:
+                why = "there is no checkpoint" if path is None else f"training.max_rollbacks={self.rollbacks} are used up"
+                print(f"warning: step {self.step}: loss {loss:.4f} is a spike; {why}", file=sys.stderr, flush=True)
+            return
+        spike, score, to, rollbacks = self.step, self.spikes.score(loss), self._next_sample(), self.rollbacks + 1
+        self._take_up(path)
+        skips = self._next_sample(), to
+        self.skipped, self.rollbacks = to - self.step * self.config.training.global_batch, rollbacks
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = self._open_metrics()  # lines of the steps taken back move out
+            self.metrics.log_rollback(self.step, {
+                "spike_step": spike, "loss": loss, "z_score": score, "skips": skips, "rollbacks": rollbacks})
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to end; the same on all."""
+        asked = torch.tensor(float(signals.received() is not None), device=self.processes.device)
+        self.stopping = all_reduce_sum(asked).item() > 0
+        return self.stopping
 
     def _loss(self, batch: DeviceBatch) -> torch.Tensor:
         loss_sum, _ = self.engine(batch.tokens, batch.documents, batch.labels)
@@ -232,19 +333,21 @@ class Trainer:
             self.ahead = first, self._batch(first)
 
     def _first_sample(self, step: int, micro_step: int) -> int:
-        return first_sample(self.config.training, self.processes.world_size, self.processes.rank, step, micro_step)
+        world_size, rank = self.processes.world_size, self.processes.rank
+        return self.skipped + first_sample(self.config.training, world_size, rank, step, micro_step)
 
-    def _count_bad_steps(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.bad_steps = 0
-            return
-        self.bad_steps += 1
-        if self.bad_steps >= self.config.training.max_bad_steps:
-            first = self.step * self.config.training.global_batch
-            raise UserError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}, not finite {self.bad_steps} steps in a row (samples "
-                f"{first} to {first + self.config.training.global_batch - 1}); lower optimizer.lr or raise training.max_bad_steps"
-            )
+    def _next_sample(self) -> int:
+        """The first sample of the next step."""
+        return self.step * self.config.training.global_batch + self.skipped
+
+    def _samples_at_fault(self, losses: list[torch.Tensor]) -> list[tuple[int, int]]:
+        """[first, last) of the passes of this step, on any rank, whose loss is not finite; of all, if only the gradient is not.
+        All ranks together."""
+        firsts = [self._first_sample(self.step, i) for i, loss in enumerate(losses) if not loss.isfinite()]
+        found = [first for rank in on_every_rank(lambda: firsts) for first in rank]
+        if not found:
+            return [(self._next_sample(), self._next_sample() + self.config.training.global_batch)]
+        return badsteps.merged([(first, first + self.config.training.micro_batch) for first in found])
 
     def _open_metrics(self) -> Metrics:
         config = self.config
