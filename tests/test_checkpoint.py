@@ -170,6 +170,21 @@ def test_surprises_in_a_folder(saved, tmp_path):
     assert store.newest(tmp_path / "c")[0] is None
 
 
+def test_a_signed_manifest(saved, tmp_path, monkeypatch):
+    path = tmp_path / "c" / "step-00000002"
+    shutil.copytree(saved[0] / "stage1" / path.name, path)
+    monkeypatch.setenv(manifest.KEY, "secret")
+    with pytest.raises(UserError, match="not signed with the key"):
+        manifest.verify(path)
+    sign(path)
+    manifest.verify(path)
+    assert "secret" not in (path / manifest.NAME).read_text()
+    monkeypatch.setenv(manifest.KEY, "another")
+    assert store.newest(tmp_path / "c")[0] is None
+    monkeypatch.delenv(manifest.KEY)
+    manifest.verify(path)
+
+
 # What `load` and `save` refuse, on all ranks and before anything is touched.
 
 
