@@ -64,15 +64,18 @@ def save(
     engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, str], keep_last: int, keep_every: int | None = None
 ) -> Path:
     """Write the checkpoint of `step`, then remove all but those to keep; its folder. See `begin` and `Save.finish`."""
-    return begin(engine, checkpoints, step, trainer, texts, copy=False).finish(keep_last, keep_every).path
+    return begin(engine, checkpoints, step, trainer, texts).finish(keep_last, keep_every).path
 
 
-def begin(engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, str], copy: bool = True) -> Save:
+def begin(
+    engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, str], copies: dict[str, torch.Tensor] | None = None
+) -> Save:
     """Start to write the checkpoint of `step` in a thread of each rank.
 
-    `trainer` is anything JSON holds; `texts` maps file names to contents. With `copy` the state is copied to the host first
-    and training may go on; without, it must stand still until `finish`. Raises UserError on all ranks, and leaves nothing
-    behind, when the disk has too little room.
+    `trainer` is anything JSON holds; `texts` maps file names to contents. With `copies` the state is copied into it first, on
+    the host, and training may go on; it is for the next save to use again, since fresh memory is slow to come by. Without,
+    training must stand still until `finish`. Raises UserError on all ranks, and leaves nothing behind, when the disk has too
+    little room.
     """
     started = time.monotonic()
     checkpoints, rank = Path(checkpoints), torch.distributed.get_rank()
@@ -82,18 +85,19 @@ def begin(engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, 
     tensors = {f"{kind}.{s.name}": view for kind in slices.KINDS for s, view in zip(own, views[kind])}
     size = sum(sum(held) for held in on_every_rank(lambda: [t.numel() * t.element_size() for t in tensors.values()]))
     on_rank_zero(lambda: _prepare(staging, size))
-    tensors = _to_host(tensors, copy)
+    tensors = _to_host(tensors, copies)
     files = {"layout.json": json.dumps(layout), "trainer.json": json.dumps(trainer), **texts} if rank == 0 else {}
-    writing = Save(staging, rank, size, started, expected={"layout.json", "trainer.json", *texts})
+    writing = Save(staging, rank, size, started, {"layout.json", "trainer.json", *texts}, waits=copies is None)
     writing.start(tensors, rng.state(), files)
     return writing
 
 
 class Save:
-    """A checkpoint being written."""
+    """A checkpoint being written; `waits`: training does, so that removing older ones need not be put off."""
 
-    def __init__(self, staging: Path, rank: int, size: int, started: float, expected: set[str]):
+    def __init__(self, staging: Path, rank: int, size: int, started: float, expected: set[str], waits: bool):
         self.staging, self.rank, self.size, self.started, self.expected = staging, rank, size, started, expected
+        self.waits = waits
         self._entries: dict[str, dict] = {}
         self._error: BaseException | None = None
         self._stall = 0.0
@@ -126,7 +130,7 @@ class Save:
             if self.rank == 0:
                 shutil.rmtree(self.staging, ignore_errors=True)
             raise
-        on_rank_zero(lambda: _prune(final.parent, int(final.name[5:]), keep_last, keep_every))
+        on_rank_zero(lambda: _prune(final.parent, int(final.name[5:]), keep_last, keep_every, self.waits))
         now = time.monotonic()
         return Saved(final, self.size, now - self.started, self._stall + now - resumed)
 
@@ -250,18 +254,21 @@ def _share_out(engine) -> tuple[list[slices.Slice], dict]:
     return [s for s in held if seen[s.name, s.offset][0] == rank], layout
 
 
-def _to_host(tensors: dict[str, torch.Tensor], copy: bool) -> dict[str, torch.Tensor]:
-    """On the CPU, and with `copy` in memory that training will not write to."""
-    on_gpu = any(t.is_cuda for t in tensors.values())
+def _to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """On the CPU, and with `copies` in memory that training will not write to."""
     found = {}
     for name, tensor in tensors.items():
-        if tensor.is_cuda:
+        found[name] = tensor if copies is None else copies.get(name)
+        if tensor.is_cuda and (copies is None or found[name] is None):
             found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        elif found[name] is None:
+            found[name] = torch.empty_like(tensor)
+        if found[name] is not tensor:
             found[name].copy_(tensor, non_blocking=True)
-        else:
-            found[name] = tensor.clone() if copy else tensor
-    if on_gpu:
+    if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
+    if copies is not None:
+        copies.update(found)
     return found
 
 
@@ -319,7 +326,7 @@ def _prepare(staging: Path, size: int) -> None:
     with _cannot_write(checkpoints):
         checkpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
         for leftover in checkpoints.glob("step-*.partial"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, onerror=_unless_gone)
         for old in checkpoints.glob("step-*.old"):
             if old.with_suffix("").exists():
                 shutil.rmtree(old)
@@ -334,6 +341,12 @@ def _prepare(staging: Path, size: int) -> None:
         staging.mkdir(mode=0o700)
 
 
+def _unless_gone(function, path, failure) -> None:
+    """For rmtree: a thread of the save before may still be removing the same folder."""
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
+
+
 def _rename_over(staging: Path, final: Path) -> None:
     old = final.with_suffix(".old")
     replaces = final.exists()
@@ -345,11 +358,11 @@ def _rename_over(staging: Path, final: Path) -> None:
         shutil.rmtree(old)
 
 
-def _prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+def _prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None, waits: bool) -> None:
     """Keep the `keep_last` newest up to `step`, which was just written and is whole, and those of every `keep_every`-th step.
 
     Later ones stay: we resumed before them because they are damaged, or by hand; neither is ours to remove, and counting
-    them could remove the only whole one.
+    them could remove the only whole one. Files are removed in a thread unless training `waits`.
     """
     past = [(saved_step, path) for saved_step, path in _folders(checkpoints) if saved_step <= step]
     with _cannot_write(checkpoints):
@@ -358,7 +371,10 @@ def _prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None)
                 continue
             doomed = path.with_suffix(".partial")  # a removal that is cut short leaves no folder by a final name
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            if waits:
+                shutil.rmtree(doomed)
+            else:  # what is left, the next save clears
+                threading.Thread(target=shutil.rmtree, args=(doomed, True)).start()
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ class Trainer:
         self.evaluation_due, self.stopping, self.saved_at = False, False, None
         self.writing: store.Save | None = None  # a checkpoint on its way to the disk
         self.written = True  # by all ranks
+        self.copies: dict[str, torch.Tensor] = {}  # host memory that checkpoints are written from
         self.digest = 0  # of all samples consumed, by all ranks
         self.code = code_version()
         self.ahead: tuple[int, DeviceBatch] | None = None  # a batch fetched before its turn, and its first sample
@@ -232,7 +233,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this moment and wait for it. Raises UserError."""
         self._finish_writing()
-        self._finish_writing(self._begin_to_write(copy=False), must=True)
+        self._finish_writing(self._begin_to_write(None), must=True)
 
     def _save_if_due(self, ends: bool) -> None:
         """Take care of checkpoints at a step's end; when the run `ends`, all there is to save is on the disk afterwards."""
@@ -247,13 +248,13 @@ class Trainer:
             return self.save()
         self._finish_writing()
         try:
-            self.writing = self._begin_to_write(copy=self.config.checkpoint.background)
+            self.writing = self._begin_to_write(self.copies if self.config.checkpoint.background else None)
         except UserError as error:
             self._warn_not_saved(error)
         if not self.config.checkpoint.background:
             self._finish_writing()
 
-    def _begin_to_write(self, copy: bool) -> store.Save:
+    def _begin_to_write(self, copies: dict[str, torch.Tensor] | None) -> store.Save:
         state = {
             "step": self.step, "tokens": self.tokens, "code": self.code, "skipped": self.skipped, "rollbacks": self.rollbacks,
             "losses": list(self.spikes.losses), "evaluation_due": self.evaluation_due,
@@ -261,7 +262,7 @@ class Trainer:
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
-        return store.begin(self.engine, self.checkpoints, self.step, state, texts, copy)
+        return store.begin(self.engine, self.checkpoints, self.step, state, texts, copies)
 
     def _finish_writing(self, writing: store.Save | None = None, must: bool = False) -> None:
         """Publish what is being written. A full disk is no reason to stop, unless it `must` be saved: the older checkpoints are
