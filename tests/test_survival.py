@@ -252,6 +252,27 @@ def test_one_bit_that_differs_between_replicas_is_found(data, tmp_path):
     assert run_ranks(2, train, run_config(data, tmp_path / "same", training=training)) == [True, True]
 
 
+# Two runs in one folder.
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    code = ("import sys; from pathlib import Path; from serpent_scale.training.trainer import prepare_run_folder as prepare; "
+            "prepare(Path(sys.argv[1])); print('in', flush=True); sys.stdin.read()")
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+
+    first = start()
+    assert first.stdout.readline() == "in\n"
+    assert "another process trains in it" in start().communicate()[1]
+    first.kill()
+    first.wait()
+    third = start()
+    assert third.stdout.readline() == "in\n", "the lock went with the process"
+    third.communicate("")
+
+
 # Saving while training goes on.
 
 

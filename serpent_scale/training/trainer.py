@@ -1,6 +1,7 @@
 """The training loop: build, resume, step, evaluate, save."""
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import resource
@@ -360,7 +361,7 @@ class Trainer:
 
 
 def prepare_run_folder(folder: Path) -> None:
-    """Make the run's folder. Raises UserError if it cannot be written."""
+    """Make the run's folder, and keep other runs out of it. Raises UserError if it cannot be written, or one is in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
@@ -368,6 +369,18 @@ def prepare_run_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot make the run's folder ({error.strerror}); set run.folder to one that can be") from None
     if not writable:
         raise UserError(f"{folder}: the run's folder cannot be written; set run.folder to one that can be")
+    _lock(folder)
+
+
+def _lock(folder: Path) -> None:
+    """Keep others out of the run's folder for as long as this process lives. Raises UserError if one is in it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process trains in it; wait for its end, or set run.name to another") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def find_checkpoint(where: str, checkpoints: Path) -> Path | None:
