@@ -48,9 +48,11 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config, ranks.device),
                                       config=deepspeed_config(config, 1))
 
-    def step() -> float:
+    def step(writing: store.Save | None = None) -> float:
         started = time.perf_counter()
         engine.backward(engine(torch.ones(1, WIDTH, device=ranks.device)))
+        if writing is not None:
+            writing.wait_for_copy()
         engine.step()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
@@ -70,7 +72,7 @@ def main() -> None:
         number += 1
         writing, steps = store.begin(engine, args.folder, number, {}, {}, copies), []
         while not writing.done:
-            steps.append(step())
+            steps.append(step(writing))
         saved = writing.finish(2)
         if i:  # the first one makes the copies' memory
             moving.append((saved.seconds, saved.stall_seconds, statistics.median(steps) if steps else undisturbed))

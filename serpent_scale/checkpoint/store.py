@@ -72,10 +72,10 @@ def begin(
 ) -> Save:
     """Start to write the checkpoint of `step` in a thread of each rank.
 
-    `trainer` is anything JSON holds; `texts` maps file names to contents. With `copies` the state is copied into it first, on
-    the host, and training may go on; it is for the next save to use again, since fresh memory is slow to come by. Without,
-    training must stand still until `finish`. Raises UserError on all ranks, and leaves nothing behind, when the disk has too
-    little room.
+    `trainer` is anything JSON holds; `texts` maps file names to contents. With `copies` the thread first copies the state into
+    it, on the host: training may go on, but for `wait_for_copy` before the next update; the next save uses that memory again,
+    since fresh memory is slow to come by. Without, training must stand still until `finish`. Raises UserError on all ranks, and
+    leaves nothing behind, when the disk has too little room.
     """
     started = time.monotonic()
     checkpoints, rank = Path(checkpoints), torch.distributed.get_rank()
@@ -85,10 +85,13 @@ def begin(
     tensors = {f"{kind}.{s.name}": view for kind in slices.KINDS for s, view in zip(own, views[kind])}
     size = sum(sum(held) for held in on_every_rank(lambda: [t.numel() * t.element_size() for t in tensors.values()]))
     on_rank_zero(lambda: _prepare(staging, size))
-    tensors = _to_host(tensors, copies)
     files = {"layout.json": json.dumps(layout), "trainer.json": json.dumps(trainer), **texts} if rank == 0 else {}
     writing = Save(staging, rank, size, started, {"layout.json", "trainer.json", *texts}, waits=copies is None)
-    writing.start(tensors, rng.state(), files)
+    ready = None
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        ready = torch.cuda.Event()
+        ready.record()
+    writing.start(tensors, copies, ready, rng.state(), files)
     return writing
 
 
@@ -100,12 +103,19 @@ class Save:
         self.waits = waits
         self._entries: dict[str, dict] = {}
         self._error: BaseException | None = None
-        self._stall = 0.0
+        self._copied, self._stall = threading.Event(), 0.0
 
-    def start(self, tensors: dict, generators: dict, files: dict[str, str]) -> None:
-        self._thread = threading.Thread(target=self._write, args=(tensors, generators, files), name="checkpoint writer")
+    def start(self, tensors: dict, copies: dict | None, ready, generators: dict, files: dict[str, str]) -> None:
+        """`ready`: event of the device after which the tensors hold this step's state."""
+        self._thread = threading.Thread(target=self._write, args=(tensors, copies, ready, generators, files), name="checkpoint")
         self._thread.start()
         self._stall = time.monotonic() - self.started
+
+    def wait_for_copy(self) -> None:
+        """To be called before parameters or moments change."""
+        started = time.monotonic()
+        self._copied.wait()
+        self._stall += time.monotonic() - started
 
     @property
     def done(self) -> bool:
@@ -134,8 +144,10 @@ class Save:
         now = time.monotonic()
         return Saved(final, self.size, now - self.started, self._stall + now - resumed)
 
-    def _write(self, tensors: dict, generators: dict, files: dict[str, str]) -> None:
+    def _write(self, tensors: dict, copies: dict | None, ready, generators: dict, files: dict[str, str]) -> None:
         try:
+            tensors = _to_host(tensors, copies, ready)
+            self._copied.set()
             # Each rank syncs and hashes what it wrote: another host's fsync would not reach its pages.
             self._entries[state_file(self.rank)] = tensorfile.write(self.staging / state_file(self.rank), tensors)
             self._entries[rng_file(self.rank)] = tensorfile.write(self.staging / rng_file(self.rank), generators)
@@ -144,6 +156,8 @@ class Save:
                 self._entries[name] = manifest.hash_file(self.staging / name)
         except BaseException as error:  # raised again by _join
             self._error = error
+        finally:
+            self._copied.set()
 
     def _join(self) -> dict[str, dict]:
         self._thread.join()
@@ -254,19 +268,23 @@ def _share_out(engine) -> tuple[list[slices.Slice], dict]:
     return [s for s in held if seen[s.name, s.offset][0] == rank], layout
 
 
-def _to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def _to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor] | None, ready) -> dict[str, torch.Tensor]:
     """On the CPU, and with `copies` in memory that training will not write to."""
-    found = {}
-    for name, tensor in tensors.items():
-        found[name] = tensor if copies is None else copies.get(name)
-        if tensor.is_cuda and (copies is None or found[name] is None):
-            found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        elif found[name] is None:
-            found[name] = torch.empty_like(tensor)
-        if found[name] is not tensor:
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    found, stream = {}, torch.cuda.Stream(devices.pop()) if devices else None
+    if stream is not None:
+        stream.wait_event(ready)
+    with torch.cuda.stream(stream):  # does nothing for None
+        for name, tensor in tensors.items():
+            if copies is None and not tensor.is_cuda:
+                found[name] = tensor
+                continue
+            found[name] = (copies or {}).get(name)
+            if found[name] is None:
+                found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             found[name].copy_(tensor, non_blocking=True)
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
+    if stream is not None:
+        stream.synchronize()
     if copies is not None:
         copies.update(found)
     return found

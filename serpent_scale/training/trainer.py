@@ -184,6 +184,8 @@ class Trainer:
             # finite: its gradient may be, and then only no rank makes the step when every rank's gradient is not.
             self.engine.backward(loss_sum / torch.where(losses[-1].isfinite(), float(batch.tokens.numel()), math.nan))
             self._fetch_ahead(micro_step)
+            if self.writing is not None:
+                self.writing.wait_for_copy()
             self.engine.step()
             totals += self._totals(loss_sum, batch)
         # The limbs go along as float64, which holds them exactly: one collective, one wait.
