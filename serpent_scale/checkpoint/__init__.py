@@ -1,2 +1,2 @@
 """Checkpoint folders: written atomically, hashed, verified before anything in them is read.
-`manifest.py` says whether a folder is whole; `store.py` saves, finds, loads and prunes."""
+`store.py` saves, finds, loads and prunes; `slices.py` knows DeepSpeed's engine; `manifest.py` says whether a folder is whole."""
