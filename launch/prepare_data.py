@@ -80,6 +80,16 @@ def provide_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Sour
     return Tokenizer(path)
 
 
+def part_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Source]]) -> Tokenizer:
+    """For a task of an array, which runs beside others: what `provide_tokenizer` gives, but OUT is left as it is."""
+    if (out / "tokenizer.json").is_file():
+        return provide_tokenizer(wanted, out, splits)
+    if not wanted or re.fullmatch(r"train:\d+", wanted):
+        raise UserError(f"{out}/tokenizer.json: no such file, and the tasks of an array cannot train it together; "
+                        "give a tokenizer.json")
+    return Tokenizer(Path(wanted))
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
@@ -87,11 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--shard-tokens {arguments.shard_tokens}: must be at least 1")
     splits = group_by_split(arguments)
     try:
-        trains = (arguments.tokenizer or "").startswith("train:") and not (arguments.out / "tokenizer.json").is_file()
-        if arguments.part and trains:
-            raise UserError(f"{arguments.out}/tokenizer.json: no such file, and the tasks of an array cannot train it together; "
-                            "give a tokenizer.json")
-        tokenizer = provide_tokenizer(arguments.tokenizer, arguments.out, splits)
+        tokenizer = (part_tokenizer if arguments.part else provide_tokenizer)(arguments.tokenizer, arguments.out, splits)
         indexes = []
         for split, sources in splits.items():
             parts, texts = parts_folder(arguments.out / split), itertools.chain.from_iterable(map(documents, sources))
