@@ -1,4 +1,7 @@
 """Training under a real SLURM: two nodes on this machine, where slurm-wlm and munge are installed."""
+import contextlib
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -76,11 +79,27 @@ def test_a_killed_step_is_started_again(cluster, data, unbroken, tmp_path):
     assert "resumed from" in output(config, job) and lines(config) == unbroken
 
 
+def ranks_of(job: str) -> list[int]:
+    """Process numbers of a job's ranks: python at work on launch/pretrain.py, not the srun that names it too."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            own = f"SLURM_JOB_ID={job}\0".encode() in (folder / "environ").read_bytes()
+            if own and len(words) > 1 and words[1].endswith(b"launch/pretrain.py"):
+                found.append(int(folder.name))
+    assert len(found) == 2, found
+    return found
+
+
 def test_the_time_limit_requeues(cluster, data, unbroken, tmp_path):
     config = settings(data, tmp_path)
     job = submit(cluster, config, "--warn", "600")
     wait_for_step_10(cluster, config, job)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # its warning is due: SLURM looks twice a minute
+    # Else the run might be done before SLURM, which looks twice a minute, sends its warning; with it, it wakes them up.
+    for rank in ranks_of(job):
+        os.kill(rank, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     requeued = cluster.wait_for(job, lambda found: int(found["Restarts"]) == 1, 120)
     assert requeued["JobState"] in ("PENDING", "RUNNING"), output(config, job)[-3000:]
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
