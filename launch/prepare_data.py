@@ -4,6 +4,9 @@
     python launch/prepare_data.py --source 'train=corpus/*.jsonl.xz' --source validation=held_out.jsonl \\
         --tokenizer gpt2/tokenizer.json --out data
 
+For much text, an array job tokenises ahead (launch/slurm/prepare_data.sbatch): task I runs this with `--part I/N`, then one
+without it writes the shards, the same as it would alone.
+
 Run it again after an interruption and it goes on where it stopped; run it again when it is done and it does nothing.
 """
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 from data_pipeline.files import write_atomically
 from data_pipeline.packing import write_plan
+from data_pipeline.parts import CachedTokenizer, parts_folder, write_part
 from data_pipeline.shards import SHARD_TOKENS, prepare_split
 from data_pipeline.sources import SPLIT_DOCUMENTS, Source, documents, parse_source
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -35,7 +40,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-key", default="text", help="column that holds the text (default text)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="at most this many a shard")
     parser.add_argument("--pack", type=int, metavar="SEQ_LEN", help="also plan best-fit packing for this data.seq_len")
+    parser.add_argument("--part", type=part, metavar="I/N", help="only tokenise ahead, part I (0 to N - 1) of N")
     return parser.parse_args(argv)
+
+
+def part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is not I/N with 0 <= I < N, for example 0/16")
+    return int(match[1]), int(match[2])
 
 
 def group_by_split(arguments: argparse.Namespace) -> dict[str, list[Source]]:
@@ -69,6 +82,16 @@ def provide_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Sour
     return Tokenizer(path)
 
 
+def part_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Source]]) -> Tokenizer:
+    """For a task of an array, which runs beside others: what `provide_tokenizer` gives, but OUT is left as it is."""
+    if (out / "tokenizer.json").is_file():
+        return provide_tokenizer(wanted, out, splits)
+    if not wanted or re.fullmatch(r"train:\d+", wanted):
+        raise UserError(f"{out}/tokenizer.json: no such file, and the tasks of an array cannot train it together; "
+                        "give a tokenizer.json")
+    return Tokenizer(Path(wanted))
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
@@ -78,18 +101,23 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--pack {arguments.pack}: must be at least 2, data.seq_len of a run")
     splits = group_by_split(arguments)
     try:
-        tokenizer = provide_tokenizer(arguments.tokenizer, arguments.out, splits)
+        tokenizer = (part_tokenizer if arguments.part else provide_tokenizer)(arguments.tokenizer, arguments.out, splits)
         indexes = []
         for split, sources in splits.items():
+            parts, texts = parts_folder(arguments.out / split), itertools.chain.from_iterable(map(documents, sources))
+            if arguments.part:
+                print(f"{parts}: {write_part(parts, texts, tokenizer, *arguments.part):,} texts tokenised ahead")
+                continue
             wikitext = all(source.style == "wikitext" for source in sources)
             index, worked = prepare_split(
                 arguments.out / split,
-                itertools.chain.from_iterable(map(documents, sources)),
-                tokenizer,
+                texts,
+                CachedTokenizer(tokenizer, parts),
                 request={"sources": [source.fingerprint() for source in sources]},
                 word_rule="whitespace+line_ends" if wikitext else "whitespace",
                 shard_tokens=arguments.shard_tokens,
             )
+            shutil.rmtree(parts, ignore_errors=True)
             if not worked:
                 print(f"{index.folder}: already prepared")
             indexes.append(index)
@@ -99,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         where = error.filename or arguments.out
         raise UserError(f"--out: {where}: {error.strerror or error}; mend that and run again, it will go on") from error
+    if arguments.part:
+        return
     print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'shards':>8}{'tokens/byte':>13}")
     for i in indexes:
         print(f"{i.split:<12}{i.n_documents:>12,}{i.tokens:>16,}{len(i.shards):>8}{i.tokens / i.bytes:>13.4f}")

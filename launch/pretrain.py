@@ -4,15 +4,21 @@ Also under torchrun, under srun with one task per device, or as plain `python la
 """
 from __future__ import annotations
 
+from serpent_scale.training import signals
+
+if __name__ == "__main__":
+    signals.install()  # before the slow imports: a signal that comes during them is not lost
+
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from data_pipeline.places import is_remote
 from serpent_scale.config import load_config
-from serpent_scale.errors import exit_on_user_error
+from serpent_scale.errors import EXIT_REQUEUE, UserError, exit_on_user_error
 from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
-from serpent_scale.parallel import processes
+from serpent_scale.parallel import processes, watchdog
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.streams import open_streams
 
@@ -41,15 +47,26 @@ def main() -> None:
     ranks = processes.start(config.training.deterministic)
     from serpent_scale.training.trainer import Trainer, prepare_run_folder  # after start(), which picks DeepSpeed's device
 
+    failed = True
     try:
+        watchdog.start(ranks, config.training.hang_timeout)
         processes.on_rank_zero(lambda: prepare_run_folder(config.run_folder))
         if ranks.rank == 0:
             print(config.to_yaml(), flush=True)
         trainer = Trainer(config, ranks, args.resume)
         trainer.resume()
-        trainer.train()
+        finished, failed = trainer.train(), False
+    except UserError:
+        failed = False
+        raise
     finally:
+        watchdog.stop(failed)
         processes.stop()
+    if not finished:
+        if ranks.rank == 0:
+            print(f"ended by {signals.received() or 'a signal on another rank'} after step {trainer.step}, all is saved; start it "
+                  f"again to go on (exit code {EXIT_REQUEUE})", flush=True)
+        sys.exit(EXIT_REQUEUE)
 
 
 def print_plan(config, world_size: int) -> None:

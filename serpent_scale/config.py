@@ -198,6 +198,10 @@ class TrainingConfig:
     cuda_graphs: bool = setting(True, "replay a GPU's passes as CUDA graphs; not with ZeRO-3 or activation checkpointing")
     deterministic: bool = setting(False, "torch's operations repeat to the bit, some slower; our kernels always do")
     max_bad_steps: int = setting(5, "stop after this many steps in a row with a non-finite loss or gradient", ge=1)
+    spike_zscore: Optional[float] = setting(None, "robust z-score of a loss that makes the run go back; null: none does", gt=0)
+    max_rollbacks: int = setting(3, "go back to the last checkpoint after a loss spike at most this often", ge=0)
+    check_replicas: int = setting(100, "steps between comparisons of the ranks' parameters, bit by bit; 0: never", ge=0)
+    hang_timeout: float = setting(1800.0, "seconds without progress until all ranks print their stacks and leave; 0: never", ge=0)
     peak_tflops: Optional[float] = setting(None, "peak of one device for the utilisation figure; null: by device name", gt=0)
 
 
@@ -205,6 +209,8 @@ class TrainingConfig:
 class CheckpointConfig:
     every: int = setting(1000, "steps between checkpoints; one is always written at the end", ge=1)
     keep_last: int = setting(3, "checkpoints kept; at least 2, so that one is always whole", ge=2)
+    keep_every: Optional[int] = setting(None, "checkpoints whose step is a multiple of this are kept for good; null: none", ge=1)
+    background: bool = setting(True, "write while training goes on, from a copy in host memory; false: training waits")
 
 
 @dataclass
@@ -500,6 +506,9 @@ def _check_sources(sources: list[SourceConfig]) -> None:
 
 def _check_stages(config: Config) -> None:
     training, full = config.training, config.data.seq_len
+    if training.stages and training.spike_zscore is not None:
+        raise UserError("training.spike_zscore cannot be set with training.stages, which the samples it leaves out would move; "
+                        "set it to null")  # fmt: skip
     for number, stage in enumerate(training.stages):
         path, length, batch = f"training.stages[{number}]", stage.seq_len or full, stage.global_batch or training.global_batch
         if full % length:

@@ -7,6 +7,12 @@ import sys
 import time
 from importlib.metadata import version
 
+# Exit codes of a run; 0: all done. docs/operations.md says what a scheduler makes of them.
+EXIT_FAILED = 1  # a crash, or another rank died: start it again, unless it fails the same way again
+EXIT_USER = 2  # a UserError: nothing to retry before it is mended
+EXIT_HANG = 71  # no progress for training.hang_timeout: start it again
+EXIT_REQUEUE = 75  # a signal ended it early, all is saved: start it again to go on
+
 OLDEST_TORCH = (2, 10)  # older ones unpickle more than weights_only promises (CVE-2025-32434, CVE-2026-24747)
 
 
@@ -39,6 +45,6 @@ def exit_on_user_error(main):
             if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
                 time.sleep(3)
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(EXIT_USER)
 
     return wrapped

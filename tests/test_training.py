@@ -76,7 +76,7 @@ def finish(process, timeout=240):
 
 def history(run):
     lines = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {(line["kind"], line["step"]): line["loss"] for line in lines}
+    return {(line["kind"], line["step"]): line["loss"] for line in lines if "loss" in line}
 
 
 def digests(run):
@@ -192,7 +192,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run_and_leaves_no_checkpoint_of_
                  "training.max_bad_steps=3"]
     done = launch("pretrain.py", "--config", str(config(workplace, "diverged")), *overrides)
     error = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "not finite 3 steps in a row (samples 24 to 31)" in error, done.stderr
+    assert done.returncode == 2 and "not finite 3 steps in a row (samples 24 to 31;" in error, done.stderr
     assert not (workplace / "diverged" / "run" / "checkpoints").exists()
     assert json.loads((workplace / "diverged" / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"] == "nan"
 
@@ -205,7 +205,6 @@ def test_a_loss_that_stays_not_finite_stops_the_run_and_leaves_no_checkpoint_of_
     (["--resume", "none", "run.folder=WHOLE"], ["--resume auto", "run.name"]),
     (["run.folder=ALONE", "model.d_model=48"], ["embedding.weight", "48"]),
     (["run.folder=ALONE", "model.serpent.band=3.0"], ["config.yaml", "model.serpent.band=2.0"]),
-    (["run.folder=WHOLE"], ["saved by 2 ranks", "--num_gpus 2"]),
     (["run.folder=WHOLE", "--resume", "ALONE/run"], ["of another run", "run.name"]),
     (["deepspeed.zero_optimization.overlap_com=true"], ["overlap_com", "deepspeed section"]),
 ])

@@ -1,7 +1,12 @@
-"""`manifest.json`: the size and sha256 of every file of a checkpoint. A folder without a right one is no checkpoint."""
+"""`manifest.json`: the size and sha256 of every file of a checkpoint. A folder without a right one is no checkpoint.
+
+Hashes find damage, not a forger, who would write a right manifest. With a secret in the environment variable
+SERPENT_CHECKPOINT_KEY manifests are signed (HMAC-SHA256), and those without a right signature are refused.
+"""
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -12,6 +17,7 @@ from serpent_scale.errors import UserError
 
 NAME = "manifest.json"
 FORMAT = 1
+KEY = "SERPENT_CHECKPOINT_KEY"
 MEND = "use another checkpoint, or restore this one from a copy"
 
 
@@ -24,7 +30,15 @@ def hash_file(path: Path) -> dict:
 
 def write_manifest(folder: Path, hashes: dict[str, dict]) -> None:
     """Write and sync the manifest; `hashes` maps names relative to `folder` to `hash_file`'s entries. Raises OSError."""
-    write_synced(folder / NAME, json.dumps({"format": FORMAT, "files": hashes}, indent=1, sort_keys=True))
+    content = {"format": FORMAT, "files": hashes}
+    if os.environ.get(KEY):
+        content["hmac"] = _signature(hashes)
+    write_synced(folder / NAME, json.dumps(content, indent=1, sort_keys=True))
+
+
+def _signature(hashes: dict[str, dict]) -> str:
+    message = json.dumps(hashes, sort_keys=True).encode()
+    return hmac.new(os.environ[KEY].encode(), message, "sha256").hexdigest()
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -53,6 +67,9 @@ def read_manifest(folder: Path) -> dict[str, dict]:
         entries = {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UserError(f"{path}: not a readable manifest; {MEND}") from None
+    signature = str(manifest.get("hmac"))
+    if os.environ.get(KEY) and not hmac.compare_digest(signature.encode(), _signature(entries).encode()):
+        raise UserError(f"{path}: not signed with the key in {KEY}; unset it only if you trust this checkpoint")
     for name in entries:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name, re.ASCII):  # no '..', no absolute path
             raise UserError(f"{path}: the file name {name!r} is not allowed; do not use this checkpoint")

@@ -3,18 +3,18 @@
 A checkpoint is a folder `step-00000100`. It is written as `step-00000100.partial` and renamed when all of it is on the disk
 and its manifest is written: a folder by the final name is whole, unless something damaged it later, which its hashes tell.
 
-    state/            DeepSpeed's files: parameters and optimizer, sharded as the ZeRO stage has it
-    layout.json       ZeRO stage, world size, name and shape of each parameter in the optimizer's order, tied names
-    trainer.json      what the training loop wants back
-    rng-00000.safetensors, ...   states of the random number generators, one file per rank
-    config.yaml, tokenizer.json  the texts handed to `save`
-    manifest.json     size and sha256 of all these
+    state-00000.safetensors, ...  what each rank writes: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, runs of elements
+    rng-00000.safetensors, ...    states of the random number generators, one file per rank
+    layout.json                   which elements of which parameter are where, shapes, tied names, Adam's steps
+    trainer.json                  what the training loop wants back
+    config.yaml, tokenizer.json   the texts handed to `save`
+    manifest.json                 size and sha256 of all these
 
-A folder of parameters alone, which `save_parameters` writes, has model.safetensors in place of state/, trainer.json and the
-states of generators. A run that begins with it begins at step 0.
+A folder of parameters alone, which `save_parameters` writes, has model.safetensors in place of states and trainer.json. A run
+that begins with it begins at step 0.
 
-Nothing in a checkpoint is executed: pickles are read by torch's `weights_only` unpickler, with three DeepSpeed classes that
-only hold values let in. All ranks call `save` and `load` together, and when one of them fails, all raise.
+Any engine resumes from it, whatever its ZeRO stage and world size: each rank reads the elements it holds. There is no pickle
+in it. All ranks call `begin`, `finish`, `save` and `load` together, and when one of them fails, all raise.
 """
 from __future__ import annotations
 
@@ -22,82 +22,166 @@ import contextlib
 import json
 import math
 import os
-import pickle
-import random
 import re
 import shutil
+import threading
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed
 
-from serpent_scale.checkpoint import manifest
+from serpent_scale.checkpoint import manifest, rng, slices, tensorfile
 from serpent_scale.errors import UserError
 from serpent_scale.parallel.processes import on_every_rank, on_rank_zero
 
-STATE = "state"  # DeepSpeed's tag
 PARAMETERS = "model.safetensors"
+FORMAT = 2
+SPARE = 16 << 20  # bytes asked for beside the tensors: texts, manifest, the file system's own
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, str], keep_last: int) -> Path:
-    """Write the checkpoint of `step`, then remove all but the `keep_last` newest up to it; its folder.
+def state_file(rank: int) -> str:
+    return f"state-{rank:05d}.safetensors"
 
-    `trainer` is anything JSON holds; `texts` maps file names to contents. An existing folder of this step is replaced, and
-    kept until the new one is whole. Raises UserError on all ranks if anything cannot be written.
+
+def rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole, and what it cost: seconds from begin to rename, those that training stood still."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    stall_seconds: float
+
+
+def save(
+    engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, str], keep_last: int, keep_every: int | None = None
+) -> Path:
+    """Write the checkpoint of `step`, then remove all but those to keep; its folder. See `begin` and `Save.finish`."""
+    return begin(engine, checkpoints, step, trainer, texts).finish(keep_last, keep_every).path
+
+
+def begin(
+    engine, checkpoints: Path, step: int, trainer: dict, texts: dict[str, str], copies: dict[str, torch.Tensor] | None = None
+) -> Save:
+    """Start to write the checkpoint of `step` in a thread of each rank.
+
+    `trainer` is anything JSON holds; `texts` maps file names to contents. With `copies` the thread first copies the state into
+    it, on the host: training may go on, but for `wait_for_copy` before the next update; the next save uses that memory again,
+    since fresh memory is slow to come by. Without, training must stand still until `finish`. Raises UserError on all ranks, and
+    leaves nothing behind, when the disk has too little room.
     """
-    checkpoints = Path(checkpoints)
-    final = checkpoints / folder_name(step)
-    staging = final.with_suffix(".partial")
-    on_rank_zero(lambda: _prepare(staging))
-    written, failures = _write_state(engine, staging)
+    started = time.monotonic()
+    checkpoints, rank = Path(checkpoints), torch.distributed.get_rank()
+    staging = (checkpoints / folder_name(step)).with_suffix(".partial")
+    own, layout = _share_out(engine)
+    views = slices.tensors(engine, own)
+    tensors = {f"{kind}.{s.name}": view for kind in slices.KINDS for s, view in zip(own, views[kind])}
+    size = sum(sum(held) for held in on_every_rank(lambda: [t.numel() * t.element_size() for t in tensors.values()]))
+    on_rank_zero(lambda: _prepare(staging, size))
+    files = {"layout.json": json.dumps(layout), "trainer.json": json.dumps(trainer), **texts} if rank == 0 else {}
+    writing = Save(staging, rank, size, started, {"layout.json", "trainer.json", *texts}, waits=copies is None)
+    ready = None
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        ready = torch.cuda.Event()
+        ready.record()
+    writing.start(tensors, copies, ready, rng.state(), files)
+    return writing
 
-    def write_rest() -> dict[str, dict]:
-        rank = torch.distributed.get_rank()
-        with _cannot_write(staging):
-            if failures:
-                raise failures[0]
-            written.append(_rng_file(staging, rank))
-            written[-1].write_bytes(safetensors.torch.save(_rng_state()))
-            if rank == 0:
-                own = {"layout.json": json.dumps(_layout(engine)), "trainer.json": json.dumps(trainer), **texts}
-                for name, text in own.items():
-                    written.append(staging / name)
-                    written[-1].write_text(text)
+
+class Save:
+    """A checkpoint being written; `waits`: training does, so that removing older ones need not be put off."""
+
+    def __init__(self, staging: Path, rank: int, size: int, started: float, expected: set[str], waits: bool):
+        self.staging, self.rank, self.size, self.started, self.expected = staging, rank, size, started, expected
+        self.waits = waits
+        self._entries: dict[str, dict] = {}
+        self._error: BaseException | None = None
+        self._copied, self._stall = threading.Event(), 0.0
+
+    def start(self, tensors: dict, copies: dict | None, ready, generators: dict, files: dict[str, str]) -> None:
+        """`ready`: event of the device after which the tensors hold this step's state."""
+        self._thread = threading.Thread(target=self._write, args=(tensors, copies, ready, generators, files), name="checkpoint")
+        self._thread.start()
+        self._stall = time.monotonic() - self.started
+
+    def wait_for_copy(self) -> None:
+        """To be called before parameters or moments change."""
+        started = time.monotonic()
+        self._copied.wait()
+        self._stall += time.monotonic() - started
+
+    @property
+    def done(self) -> bool:
+        """This rank has written its part, or failed to: `finish` will not wait for it."""
+        return not self._thread.is_alive()
+
+    def finish(self, keep_last: int, keep_every: int | None = None) -> Saved:
+        """Wait for all ranks, publish the checkpoint, and remove all up to its step but the `keep_last` newest and those whose
+        step is a multiple of `keep_every`.
+
+        An existing folder of this step is replaced, and kept until the new one is whole. Raises UserError on all ranks if
+        anything could not be written; then nothing of this checkpoint stays.
+        """
+        resumed = time.monotonic()
+        final = self.staging.with_suffix("")
+        world_size = torch.distributed.get_world_size()
+        try:
+            parts = on_every_rank(self._join)
+            expected = self.expected | {name(rank) for rank in range(world_size) for name in (state_file, rng_file)}
+            on_rank_zero(lambda: self._publish(final, {n: e for part in parts for n, e in part.items()}, expected))
+        except UserError:
+            if self.rank == 0:
+                shutil.rmtree(self.staging, ignore_errors=True)
+            raise
+        on_rank_zero(lambda: _prune(final.parent, int(final.name[5:]), keep_last, keep_every, self.waits))
+        now = time.monotonic()
+        return Saved(final, self.size, now - self.started, self._stall + now - resumed)
+
+    def _write(self, tensors: dict, copies: dict | None, ready, generators: dict, files: dict[str, str]) -> None:
+        try:
+            tensors = _to_host(tensors, copies, ready)
+            self._copied.set()
             # Each rank syncs and hashes what it wrote: another host's fsync would not reach its pages.
-            for path in written:
-                manifest.sync(path)
-            return {path.relative_to(staging).as_posix(): manifest.hash_file(path) for path in written}
+            self._entries[state_file(self.rank)] = tensorfile.write(self.staging / state_file(self.rank), tensors)
+            self._entries[rng_file(self.rank)] = tensorfile.write(self.staging / rng_file(self.rank), generators)
+            for name, text in files.items():
+                manifest.write_synced(self.staging / name, text)
+                self._entries[name] = manifest.hash_file(self.staging / name)
+        except BaseException as error:  # raised again by _join
+            self._error = error
+        finally:
+            self._copied.set()
 
-    hashes = on_every_rank(write_rest)
-    stage, world_size = int(engine.zero_optimization_stage()), torch.distributed.get_world_size()
-    expected = {"layout.json", "trainer.json", *texts}
-    for rank in range(world_size):
-        expected |= {f"{STATE}/{name}" for name in _state_files(stage, rank)} | {_rng_file(staging, rank).name}
+    def _join(self) -> dict[str, dict]:
+        self._thread.join()
+        if self._error is not None:
+            with _cannot_write(self.staging):
+                raise self._error
+        return self._entries
 
-    def publish() -> None:
-        merged = {name: entry for entries in hashes for name, entry in entries.items()}
-        seen = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
-        if not merged.keys() == seen == expected:
-            odd = sorted((merged.keys() ^ expected) | (seen ^ expected))[0]
+    def _publish(self, final: Path, entries: dict[str, dict], expected: set[str]) -> None:
+        seen = {path.relative_to(self.staging).as_posix() for path in self.staging.rglob("*") if path.is_file()}
+        if not entries.keys() == seen == expected:
+            odd = sorted((entries.keys() ^ expected) | (seen ^ expected))[0]
             raise UserError(
-                f"{staging / odd}: expected, written and seen by rank 0 do not agree on this file; run.folder must be on a "
+                f"{self.staging / odd}: expected, written and seen by rank 0 do not agree on this file; run.folder must be on a "
                 "filesystem that all hosts share"
             )
-        with _cannot_write(staging):
-            manifest.write_manifest(staging, merged)
-            manifest.sync(staging / STATE)
-            manifest.sync(staging)
-            _rename_over(staging, final)
-            _prune(checkpoints, step, keep_last)
-
-    on_rank_zero(publish)
-    return final
+        with _cannot_write(self.staging):
+            manifest.write_manifest(self.staging, entries)
+            manifest.sync(self.staging)
+            _rename_over(self.staging, final)
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -113,31 +197,31 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def load(engine, path: Path) -> dict:
-    """Resume a fresh engine from a checkpoint, bitwise; what was saved as `trainer`.
+    """Resume a fresh engine of any ZeRO stage and world size; what was saved as `trainer`.
 
-    Raises UserError on all ranks, before the engine is touched: the folder is not whole, was saved at another world size or
-    ZeRO stage, by another model, or holds a pickle of more than tensors.
+    The same stage and world size go on to the bit. Raises UserError on all ranks, before the engine is touched: the folder is
+    not whole, or of another model or format.
     """
     path = Path(path)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    states, rng = {}, {}
+    found = {}
 
     def read() -> dict:
-        _check_layout(engine, path, world_size)
-        for name in _state_files(int(engine.zero_optimization_stage()), rank):
-            states[f"{path}/{STATE}/{name}"] = _load_tensors(path / STATE / name)
-        rng.update(_read_rng(path, rank))
+        found["layout"] = layout = _read_layout(path)
+        _check_same_parameters(engine, layout, path)
+        found["rng"] = _read_rng(path / rng_file(rank % layout["world_size"]))
         return _read_json(path / "trainer.json")
 
     on_every_rank(lambda: manifest.verify(path, share=(rank, world_size)))
     trainer = on_every_rank(read)[rank]
-    # DeepSpeed would unpickle the files itself, with weights_only=False; it gets what we read.
-    with _replaced(engine.checkpoint_engine, load=lambda file, map_location=None: states[str(file)]):
-        loaded, _ = engine.load_checkpoint(str(path), tag=STATE)
-    if loaded is None:  # DeepSpeed's way to say that it found nothing; training would start over
-        raise UserError(f"{path}: DeepSpeed loaded nothing from it; {manifest.MEND}")
-    _set_rng_state(rng)
+    layout = found["layout"]
+    reader = tensorfile.Reader(path, state_file, layout["slices"])
+    slices.restore(engine, slices.held_slices(engine), reader.read, layout["adam_steps"])
+    for name, value in layout["engine"].items():
+        setattr(engine, name, value)
+    rng.set_state(found["rng"])
+    if rank >= layout["world_size"]:
+        rng.branch_off(rank)
     return trainer
 
 
@@ -188,26 +272,105 @@ def read_full_state(path: Path) -> dict[str, torch.Tensor]:
     and world size. Verifies it first; needs no other rank. Raises UserError."""
     path = Path(path)
     manifest.verify(path)
-    layout = _read_json(path / "layout.json")
     if parameters_alone(path):
+        layout = _read_json(path / "layout.json")
         parameters = safetensors.torch.load_file(path / PARAMETERS)
         return parameters | {alias: parameters[name] for alias, name in layout["tied"].items()}
-    state = _load_tensors(path / STATE / _state_files(layout["zero_stage"], 0)[0], mmap=True)
-    if layout["zero_stage"] < 3:
-        return dict(state["module"])
-    parameters = {name: state["module"][name] for name in state["buffer_names"]}
-    shards = []
-    for rank in range(layout["world_size"]):
-        file = path / STATE / _state_files(3, rank)[1]
-        shards.append(_load_tensors(file, mmap=True)["optimizer_state_dict"]["fp32_flat_groups"])
-    for i, group in enumerate(layout["groups"]):
-        offset = 0  # every rank holds an equal slice of each parameter, the last one padded
-        for name, shape in group:
-            length = math.ceil(math.prod(shape) / layout["world_size"])
-            slices = [shard[i][offset : offset + length] for shard in shards]
-            parameters[name] = torch.cat(slices)[: math.prod(shape)].view(shape)
-            offset += length
+    layout = _read_layout(path)
+    reader = tensorfile.Reader(path, state_file, layout["slices"])
+    parameters = {}
+    for name, shape in layout["parameters"].items():
+        parameters[name] = reader.read("master", name, 0, math.prod(shape)).view(shape)
     return parameters | {alias: parameters[name] for alias, name in layout["tied"].items()}
+
+
+# What is in a checkpoint.
+
+ENGINE = ("global_steps", "skipped_steps", "global_samples")  # DeepSpeed's counters
+
+
+def _share_out(engine) -> tuple[list[slices.Slice], dict]:
+    """The slices that this rank writes, and the layout of the checkpoint. All ranks together."""
+    if next(engine.module.buffers(), None) is not None:
+        raise RuntimeError("the model has buffers; checkpoints hold parameters only")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    held = slices.held_slices(engine)
+    if int(engine.zero_optimization_stage()) == 0:  # all ranks hold everything: each writes a part
+        cuts = [(s.length * rank // world_size, s.length * (rank + 1) // world_size) for s in held]
+        held = [replace(s, offset=low, start=low, length=high - low) for s, (low, high) in zip(held, cuts) if low < high]
+    claims = on_every_rank(lambda: [(s.name, s.offset, s.length) for s in held])
+    shapes, seen = slices.shapes(engine), {}
+    for writer, claimed in enumerate(claims):
+        for name, offset, length in claimed:
+            seen.setdefault((name, offset), (writer, offset, length))  # held by several ranks: the first one writes it
+    table = {name: [] for name in shapes}
+    for (name, _), part in sorted(seen.items()):
+        table[name].append(part)
+    for name, parts in table.items():
+        ends = [0, *(offset + length for _, offset, length in parts)]
+        if ends[:-1] != [offset for _, offset, _ in parts] or ends[-1] != math.prod(shapes[name]):
+            raise RuntimeError(f"the ranks do not hold {name} once and whole: {parts}")
+    layout = {
+        "format": FORMAT, "zero_stage": int(engine.zero_optimization_stage()), "world_size": world_size,
+        "adam_steps": slices.adam_steps(engine), "engine": {name: getattr(engine, name) for name in ENGINE},
+        "parameters": shapes, "tied": slices.tied_names(engine), "slices": table,
+    }
+    return [s for s in held if seen[s.name, s.offset][0] == rank], layout
+
+
+def _to_host(tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor] | None, ready) -> dict[str, torch.Tensor]:
+    """On the CPU, and with `copies` in memory that training will not write to."""
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    found, stream = {}, torch.cuda.Stream(devices.pop()) if devices else None
+    if stream is not None:
+        stream.wait_event(ready)
+    with torch.cuda.stream(stream):  # does nothing for None
+        for name, tensor in tensors.items():
+            if copies is None and not tensor.is_cuda:
+                found[name] = tensor
+                continue
+            found[name] = (copies or {}).get(name)
+            if found[name] is None:
+                found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            found[name].copy_(tensor, non_blocking=True)
+    if stream is not None:
+        stream.synchronize()
+    if copies is not None:
+        copies.update(found)
+    return found
+
+
+def _check_same_parameters(engine, layout: dict, path: Path) -> None:
+    theirs, ours = layout["parameters"], slices.shapes(engine)
+    for name in [*theirs, *ours]:
+        if theirs.get(name) != ours.get(name):
+            raise UserError(
+                f"{path}: parameter {name} is {theirs.get(name, 'absent')} in it and {ours.get(name, 'absent')} in this "
+                f"model; use the model section of {path / 'config.yaml'}"
+            )
+    if layout["tied"] != slices.tied_names(engine):
+        raise UserError(f"{path}: other parameters are tied in it than in this model; use the version that wrote it")
+
+
+def _read_layout(path: Path) -> dict:
+    layout = _read_json(path / "layout.json")
+    if layout.get("format") != FORMAT:
+        raise UserError(f"{path}: its layout has format {layout.get('format', 1)}, not {FORMAT}; use the version that wrote it")
+    return layout
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file}: missing or not JSON; {manifest.MEND}") from None
+
+
+def _read_rng(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(file.read_bytes())
+    except (OSError, safetensors.SafetensorError):
+        raise UserError(f"{file}: missing or not safetensors; {manifest.MEND}") from None
 
 
 # Folders.
@@ -225,19 +388,31 @@ def _folders(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found.items())
 
 
-def _prepare(staging: Path) -> None:
-    """Clear what crashed saves left, and make the staging folder."""
+def _prepare(staging: Path, size: int) -> None:
+    """Clear what crashed saves left, and make the staging folder if there is room for `size` bytes."""
     checkpoints = staging.parent
     with _cannot_write(checkpoints):
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
         for leftover in checkpoints.glob("step-*.partial"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, onerror=_unless_gone)
         for old in checkpoints.glob("step-*.old"):
             if old.with_suffix("").exists():
                 shutil.rmtree(old)
             else:
                 old.rename(old.with_suffix(""))
-        (staging / STATE).mkdir(parents=True)
+        free = shutil.disk_usage(checkpoints).free
+        if free < size + SPARE:
+            raise UserError(
+                f"{checkpoints}: {free / 1e9:.2f} GB free, a checkpoint needs {(size + SPARE) / 1e9:.2f} GB; free space there, "
+                "lower checkpoint.keep_last or set run.folder to another disk"
+            )
+        staging.mkdir(mode=0o700)
+
+
+def _unless_gone(function, path, failure) -> None:
+    """For rmtree: a thread of the save before may still be removing the same folder."""
+    if not isinstance(failure[1], FileNotFoundError):
+        raise failure[1]
 
 
 def _rename_over(staging: Path, final: Path) -> None:
@@ -251,17 +426,23 @@ def _rename_over(staging: Path, final: Path) -> None:
         shutil.rmtree(old)
 
 
-def _prune(checkpoints: Path, step: int, keep_last: int) -> None:
-    """Keep the `keep_last` newest up to `step`, which was just written and is whole.
+def _prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None, waits: bool) -> None:
+    """Keep the `keep_last` newest up to `step`, which was just written and is whole, and those of every `keep_every`-th step.
 
     Later ones stay: we resumed before them because they are damaged, or by hand; neither is ours to remove, and counting
-    them could remove the only whole one.
+    them could remove the only whole one. Files are removed in a thread unless training `waits`.
     """
-    past = [path for saved_step, path in _folders(checkpoints) if saved_step <= step]
-    for path in past[:-keep_last]:
-        doomed = path.with_suffix(".partial")  # a removal that is cut short leaves no folder by a final name
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    past = [(saved_step, path) for saved_step, path in _folders(checkpoints) if saved_step <= step]
+    with _cannot_write(checkpoints):
+        for saved_step, path in past[:-keep_last]:
+            if keep_every and saved_step % keep_every == 0:
+                continue
+            doomed = path.with_suffix(".partial")  # a removal that is cut short leaves no folder by a final name
+            path.rename(doomed)
+            if waits:
+                shutil.rmtree(doomed)
+            else:  # what is left, the next save clears
+                threading.Thread(target=shutil.rmtree, args=(doomed, True)).start()
 
 
 @contextlib.contextmanager
@@ -273,152 +454,3 @@ def _cannot_write(folder: Path):
             f"{error.filename or folder}: checkpoint cannot be written ({error.strerror or error}); "
             "free space there or set run.folder to another disk"
         ) from error
-
-
-# DeepSpeed's files.
-
-
-def _state_files(stage: int, rank: int) -> list[str]:
-    """The files that a rank reads, its parameters' first. Up to stage 2 all read the one that rank 0 writes."""
-    model = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-    return [model] + ([f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] if stage else [])
-
-
-def _write_state(engine, staging: Path) -> tuple[list[Path], list[OSError]]:
-    """Have DeepSpeed write its files: those this rank wrote, and the errors met.
-
-    An error must not leave `save_checkpoint` early: it has barriers, where the other ranks would wait for ever.
-    """
-    written, failures = [], []
-
-    def write(state_dict: dict, path: str) -> None:
-        try:
-            torch.save(state_dict, path)
-            written.append(Path(path))
-        except (OSError, RuntimeError) as error:  # torch's zip writer says RuntimeError on a full disk
-            failures.append(error if isinstance(error, OSError) else OSError(None, str(error).splitlines()[0], path))
-
-    # The other replacement: no copies of DeepSpeed's conversion scripts, a checkpoint holds no code.
-    with _replaced(engine.checkpoint_engine, save=write), _replaced(engine, _copy_recovery_script=lambda folder: None):
-        engine.save_checkpoint(str(staging), tag=STATE, save_latest=False)
-    return written, failures
-
-
-@contextlib.contextmanager
-def _replaced(target, **methods):
-    """Hide methods of an object behind others for the time of a call."""
-    for name, method in methods.items():
-        setattr(target, name, method)
-    try:
-        yield
-    finally:
-        for name in methods:
-            delattr(target, name)
-
-
-def _load_tensors(file: Path, mmap: bool = False) -> dict:
-    """torch.load on the CPU that executes nothing of the file. Raises UserError."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(file, map_location="cpu", mmap=mmap, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{file}: refused, it holds more than tensors and plain values; do not use it") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); {manifest.MEND}") from None
-
-
-def _layout(engine) -> dict:
-    """What a checkpoint must agree on with the engine that loads it: DeepSpeed's flat buffers do not name their parts."""
-    stage = int(engine.zero_optimization_stage())
-    if stage:
-        groups = [list(group.items()) for group in engine._get_zero_param_shapes()]
-    else:
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        groups = [[(names[p], p.shape) for p in group["params"]] for group in engine.optimizer.param_groups]
-    first, tied = {}, {}
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            tied[name] = first[parameter]
-    return {
-        "zero_stage": stage, "world_size": torch.distributed.get_world_size(), "tied": tied,
-        "groups": [[[name, list(shape)] for name, shape in group] for group in groups],
-    }
-
-
-def _check_layout(engine, path: Path, world_size: int) -> None:
-    saved, own = _read_json(path / "layout.json"), _layout(engine)
-    if saved["world_size"] != world_size:
-        n = saved["world_size"]
-        raise UserError(
-            f"{path}: saved by {n} ranks, this run has {world_size}; start it on {n} devices (deepspeed --num_gpus {n})"
-        )
-    if saved["zero_stage"] != own["zero_stage"]:
-        raise UserError(
-            f"{path}: saved at ZeRO stage {saved['zero_stage']}, this run is at {own['zero_stage']}; "
-            f"set training.zero_stage={saved['zero_stage']}"
-        )
-    theirs, ours = ({name: shape for group in layout["groups"] for name, shape in group} for layout in (saved, own))
-    for name in [*theirs, *ours]:
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"{path}: parameter {name} is {theirs.get(name, 'absent')} in it and {ours.get(name, 'absent')} in this "
-                f"model; use the model section of {path / 'config.yaml'}"
-            )
-    if saved["groups"] != own["groups"] or saved["tied"] != own["tied"]:
-        raise UserError(
-            f"{path}: its parameters are grouped or ordered otherwise than this run's; use the version of the code that "
-            f"wrote it, and the deepspeed section of {path / 'config.yaml'}"
-        )
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{file}: missing or not JSON; {manifest.MEND}") from None
-
-
-# Random number generators: as tensors, since pickled states would have to be trusted.
-
-
-def _rng_file(folder: Path, rank: int) -> Path:
-    return folder / f"rng-{rank:05d}.safetensors"
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(words),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),
-        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
-    }
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _read_rng(path: Path, rank: int) -> dict[str, torch.Tensor]:
-    file = _rng_file(path, rank)
-    try:
-        return safetensors.torch.load(file.read_bytes())
-    except (OSError, safetensors.SafetensorError):
-        raise UserError(f"{file}: missing or not safetensors; {manifest.MEND}") from None
-
-
-def _set_rng_state(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["torch"])
-    gauss = states["python_gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    *keys, position, has_gauss = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -34,6 +34,8 @@ class Attention(Mixer):
     A step costs as much as the cache is long.
     """
 
+    fixed_shapes = False
+
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: AttentionConfig):
         super().__init__(d_in, d_inner, d_out, config)
         self.head_dim, self.n_heads, self.n_groups = config.head_dim, *heads(d_inner, config)

@@ -9,6 +9,7 @@ from serpent_scale.config import ModelConfig
 from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_nll
 from serpent_scale.kernels.rms_norm import rms_norm
 from serpent_scale.model.documents import Documents
+from serpent_scale.model.mixer import Mixer
 from serpent_scale.model.mixers import build_mixer
 from serpent_scale.model.serpent import Branch
 
@@ -87,6 +88,11 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             weight = nn.Parameter(torch.empty_like(weight).normal_(std=0.02))
         self.readout = Readout(weight, config)
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether the shapes inside a pass follow from the tokens' and `slots`."""
+        return all(m.fixed_shapes for m in self.modules() if isinstance(m, Mixer))
 
     def slots(self, documents: Documents) -> tuple[int, ...]:
         """What the shapes inside depend on besides that of the tokens: the slots of each kind of compressed branch."""

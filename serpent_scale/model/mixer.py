@@ -15,6 +15,8 @@ class Mixer(nn.Module):
     config is the mixer's own section of the model's configuration; it has `expand`.
     """
 
+    fixed_shapes = True  # inside a pass they depend on documents by the slots of compressed branches alone
+
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: Any):
         super().__init__()
 

@@ -34,6 +34,8 @@ class S4D(Mixer):
     factor of the hold.
     """
 
+    fixed_shapes = False
+
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: S4DConfig):
         super().__init__(d_in, d_inner, d_out, config)
         pairs = config.d_state // 2

@@ -1,7 +1,7 @@
 """Where a run's figures go: `metrics.jsonl` always, the terminal, and Weights & Biases if asked. Rank 0 only.
 
-metrics.jsonl holds one object per line with `kind` (train or evaluation) and `step`. A resumed run first moves the lines of
-steps it will take again to `metrics.superseded.jsonl`: the file is one history without forks.
+metrics.jsonl holds one object per line with `kind` (train, evaluation, checkpoint or rollback) and `step`. A resumed run first
+moves the lines of steps it will take again to `metrics.superseded.jsonl`: the file is one history without forks.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Metrics:
         self.every, self.total_steps, self.wandb_id = logging.every, total_steps, wandb_id
         path = Path(run_folder) / NAME
         _supersede(path, start_step)
-        self._file = open(path, "a")
+        self._file, self._unwritten = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), b""
         self._bar = None
         if _terminal_width() > 0:
             # tok/s is among the values: the bar leaves out its own rate, and what an 80-column terminal cuts is the memory.
@@ -70,17 +70,33 @@ class Metrics:
         self._write("evaluation", step, values)
         self._say(f"step {step}: evaluation loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
 
+    def log_checkpoint(self, step: int, values: dict) -> None:
+        """bytes, seconds from the start of a save to its rename, stall_seconds of them in which training stood still."""
+        self._write("checkpoint", step, values)
+
+    def log_rollback(self, step: int, values: dict) -> None:
+        """The state is that after `step` again: spike_step, loss, z_score, skips ([first, last) of the samples left out), ..."""
+        self._write("rollback", step, values)
+        self._say(f"step {values['spike_step']}: loss {values['loss']:.4f} is a spike ({values['z_score']:.1f} deviations); "
+                  f"back to step {step} without samples {values['skips'][0]} to {values['skips'][1] - 1}")
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
+        os.close(self._file)
         if self._wandb:
             self._wandb.close()
 
     def _write(self, kind: str, step: int, values: dict) -> None:
         finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
-        self._file.flush()
+        whole = not self._unwritten
+        self._unwritten += json.dumps({"kind": kind, "step": step, **finite}).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:  # a full disk is no reason to stop: what is left goes with the next line
+            if whole:
+                print(f"warning: {NAME} cannot be written ({error.strerror}), training goes on", file=sys.stderr, flush=True)
         if self._wandb:
             self._wandb.log(kind, step, values)
 

@@ -1,10 +1,13 @@
 """The training loop: build, resume, step, evaluate, save."""
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import resource
+import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +18,20 @@ import torch
 from data_pipeline import digest
 from data_pipeline.stream import Batch
 from serpent_scale.checkpoint import store
+from serpent_scale.checkpoint.version import code_version
 from serpent_scale.config import Config, check_same_model
 from serpent_scale.errors import UserError
 from serpent_scale.model.accounting import GIB, flops_per_token
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.parallel import watchdog
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
+from serpent_scale.training import badsteps, signals
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
+from serpent_scale.training.replicas import check_replicas
 from serpent_scale.training.streams import first_sample, open_streams
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
@@ -61,7 +68,7 @@ class Trainer:
 
     def __init__(self, config: Config, processes: Processes, start: str):
         self.config, self.processes = config, processes
-        config.grad_accumulation(processes.world_size)  # refuses what does not divide
+        accumulation = config.grad_accumulation(processes.world_size)  # refuses what does not divide
         self.samples = config.samples
         device = processes.device
         self.stream, self.validation = open_streams(config)
@@ -83,12 +90,22 @@ class Trainer:
             reason = f"'{key}' is refused by {error.title} ({first['msg']})"
             raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
         training = config.training
-        if training.cuda_graphs and device.type == "cuda" and training.zero_stage < 3 and not training.activation_checkpointing:
-            model.forward = GraphedForward(model, accumulates=self.accumulation > 1)
+        graphs = training.cuda_graphs and training.zero_stage < 3 and not training.activation_checkpointing
+        if graphs and device.type == "cuda" and model.fixed_shapes:
+            model.forward = GraphedForward(model, accumulates=bool(training.stages) or accumulation > 1)
         self.flops = flops_per_token(config.model, config.data.seq_len).training
         self.peak = peak_flops(config, device) * processes.world_size
-        self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
+        self.step, self.tokens, self.wandb_id, self.metrics = 0, 0, None, None
+        dump = config.run_folder / badsteps.NAME if processes.rank == 0 else None
+        self.bad_steps = badsteps.BadSteps(config.training.max_bad_steps, dump)
+        self.spikes, self.rollbacks = badsteps.SpikeDetector(config.training.spike_zscore), 0
+        self.skipped = 0  # samples left out by rollbacks
+        self.evaluation_due, self.stopping, self.saved_at = False, False, None
+        self.writing: store.Save | None = None  # a checkpoint on its way to the disk
+        self.written = True  # by all ranks
+        self.copies: dict[str, torch.Tensor] = {}  # host memory that checkpoints are written from
         self.digest = 0  # of all samples consumed, by all ranks
+        self.code = code_version()
         self.ahead: tuple[tuple[int, int], DeviceBatch] | None = None  # a batch fetched before its turn, and its step and pass
 
     @property
@@ -113,45 +130,63 @@ class Trainer:
         path = self.start
         if path is None:
             return
+        state = self._take_up(path)
+        if self.processes.rank == 0:
+            print(f"resumed from {path}, step {self.step}", flush=True)
+            if state.get("code") != self.code:
+                print(f"note: another version of the code wrote it: {state.get('code')}, this is {self.code}", flush=True)
+            if state["data"]["format"] == 1:
+                print(f"note: it has no digest of its samples; data_digest counts those after step {self.step}", flush=True)
+
+    def _take_up(self, path: Path) -> dict:
+        """Go on from a checkpoint: its `trainer.json`."""
+        watchdog.beat(f"loading {path.name}")
         state = store.load(self.engine, path)
         on_rank_zero(lambda: check_same_model(self.config, path / "config.yaml"))
         apply_settings(self.optimizer, self.config)
-        self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
+        self.step, self.tokens, self.wandb_id, self.ahead = state["step"], state["tokens"], state["wandb_id"], None
         samples, self.digest = self.stream.check_state(state["data"])
-        if samples != self.samples.samples(self.step):
+        self.skipped, self.rollbacks, self.evaluation_due = state["skipped"], state["rollbacks"], state["evaluation_due"]
+        self.spikes.losses = deque(state["losses"], maxlen=badsteps.WINDOW)
+        self.saved_at = None if self.evaluation_due else self.step
+        if samples != self._next_sample():
+            samples -= self.skipped
             raise UserError(
                 f"{path}: written with another training.global_batch ({samples} samples in {self.step} steps); "
                 "set the one it was begun with" + ("" if self.config.training.stages else f", {samples // max(self.step, 1)}")
             )
-        if self.processes.rank == 0:
-            print(f"resumed from {path}, step {self.step}", flush=True)
-            if state["data"]["format"] == 1:
-                print(f"note: it has no digest of its samples; data_digest counts those after step {self.step}", flush=True)
+        return state
 
-    def train(self) -> None:
-        """Run to the budget, or to training.stop_at_step."""
+    def train(self) -> bool:
+        """Run to the budget, or to training.stop_at_step; False when a signal ended it before, after a checkpoint."""
         config = self.config
         last = min(config.total_steps, config.training.stop_at_step or config.total_steps)
-        if self.step >= last:
+        if self.step >= last and not self.evaluation_due:
             if self.processes.rank == 0:
                 keys = "training.stop_at_step" if last < config.total_steps else "training.max_steps or training.max_tokens"
                 print(f"nothing to do: the run is at step {self.step} and was to end at {last}; raise {keys} to go on", flush=True)
-            return
+            return True
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
         if self.processes.rank == 0:
             (config.run_folder / "config.yaml").write_text(config.to_yaml())
-        if self.step == 0 and config.evaluation.every:
-            self.evaluate()
-        while self.step < last:
-            self._log(self.train_step())
-            if config.evaluation.every and self.step % config.evaluation.every == 0 and self.step < last:
+        self.evaluation_due |= self.step == 0 and config.evaluation.every > 0
+        self._agree_to_stop()
+        while True:
+            if self.evaluation_due and not self.stopping:
                 self.evaluate()
-            if self.step % config.checkpoint.every == 0 and self.step < last and not self.bad_steps:
-                self.save()  # not while the loss is not finite: such checkpoints would push out the good ones
-        self.evaluate()
-        self.save()
+            self._save_if_due(ends := self.stopping or self.step >= last)
+            if ends:
+                break
+            values = self.train_step()
+            self._log(values)
+            self.evaluation_due = self.step >= last or bool(config.evaluation.every and self.step % config.evaluation.every == 0)
+            if config.training.check_replicas and self.step % config.training.check_replicas == 0:
+                check_replicas(self.engine.module, self.step)
+            if self.spikes.is_spike(values["loss"]):
+                self._roll_back(values["loss"])
         if self.metrics:
             self.metrics.close()
+        return self.step >= last and not self.evaluation_due
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch: its metrics.
@@ -164,27 +199,35 @@ class Trainer:
             group["lr"] = rate
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
         consumed = skipped = 0
-        accumulation = self._begin_step()
+        losses, accumulation = [], self._begin_step()
         for micro_step in range(accumulation):
+            watchdog.beat(f"step {self.step + 1}, pass {micro_step + 1}")
             fetched = time.perf_counter()
             batch = self._batch(self.step, micro_step)
             data_seconds += time.perf_counter() - fetched
             consumed += batch.digest
             skipped += batch.tokens_skipped
             loss_sum = self._loss(batch)
-            # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
-            self.engine.backward(loss_sum / batch.tokens.numel())
+            losses.append(loss_sum.detach())
+            # A fixed divisor: the global gradient does not depend on how documents fall on ranks. NaN where the loss is not
+            # finite: its gradient may be, and then only no rank makes the step when every rank's gradient is not.
+            self.engine.backward(loss_sum / torch.where(losses[-1].isfinite(), float(batch.tokens.numel()), math.nan))
             self._fetch_ahead(micro_step, accumulation)
+            if self.writing is not None:
+                self.writing.wait_for_copy()
             self.engine.step()
             totals += self._totals(loss_sum, batch)
-        # The limbs go along as float64, which holds them exactly: one collective, one wait.
-        counts = torch.tensor([skipped, *digest.to_limbs(consumed)], dtype=torch.float64)
+        # Counts and the limbs go along as float64, which holds them exactly: one collective, one wait.
+        done = self.writing is None or self.writing.done
+        counts = torch.tensor([skipped, signals.received() is not None, done, *digest.to_limbs(consumed)], dtype=torch.float64)
         totals = torch.cat([totals, send(counts, self.processes.device)])
-        loss_sum, labels, skipped, *limbs = all_reduce_sum(totals).tolist()
+        loss_sum, labels, skipped, stop, done, *limbs = all_reduce_sum(totals).tolist()
+        self.stopping, self.written = stop > 0, done == self.processes.world_size
         if skipped:
             self._agree_on_skipped(int(skipped))
         loss, norm = loss_sum / labels if labels else math.nan, float(self.engine.get_global_grad_norm())
-        self._count_bad_steps(loss, norm)
+        at_fault = [] if math.isfinite(loss) and math.isfinite(norm) else self._samples_at_fault(losses)
+        self.bad_steps.count(self.step + 1, loss, norm, at_fault)
         self.step += 1
         self.digest = (self.digest + digest.from_limbs(limbs)) % digest.MODULUS
         self.tokens += tokens
@@ -197,13 +240,18 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks."""
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks; None if a signal came."""
         stream, rows = self.validation, self.config.training.micro_batch
         windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
         totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.processes.world_size
+        accumulation = self.config.grad_accumulation(self.processes.world_size, self.step)
         self.engine.eval()
-        for first in range(self.processes.rank * rows, windows + self.processes.rank * rows, stride):
+        for i, first in enumerate(range(self.processes.rank * rows, windows + self.processes.rank * rows, stride)):
+            watchdog.beat(f"evaluation after step {self.step}")
+            if i % accumulation == 0 and self._agree_to_stop():  # about as often as in training
+                self.engine.train()
+                return None
             # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
             batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device)
             batch.labels[max(0, windows - first) :] = -100
@@ -211,18 +259,91 @@ class Trainer:
         self.engine.train()
         all_reduce_sum(totals)
         loss = (totals[0] / totals[1]).item()
+        self.evaluation_due = False
         if self.metrics:
             self.metrics.log_evaluation(self.step, {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": self.tokens})
         return loss
 
-    def save(self) -> Path:
+    def save(self) -> None:
+        """Write a checkpoint of this moment and wait for it. Raises UserError."""
+        self._finish_writing()
+        self._finish_writing(self._begin_to_write(None), must=True)
+
+    def _save_if_due(self, ends: bool) -> None:
+        """Take care of checkpoints at a step's end; when the run `ends`, all there is to save is on the disk afterwards."""
+        if self.written or ends:
+            self._finish_writing()
+        if self.saved_at == self.step or self.step == 0 or not (ends or self.step % self.config.checkpoint.every == 0):
+            return
+        if self.bad_steps:
+            return  # not while the loss is not finite: such checkpoints would push out the good ones
+        watchdog.beat(f"saving step {self.step}")
+        if ends:
+            return self.save()
+        self._finish_writing()
+        try:
+            self.writing = self._begin_to_write(self.copies if self.config.checkpoint.background else None)
+        except UserError as error:
+            self._warn_not_saved(error)
+        if not self.config.checkpoint.background:
+            self._finish_writing()
+
+    def _begin_to_write(self, copies: dict[str, torch.Tensor] | None) -> store.Save:
         state = {
-            "step": self.step, "tokens": self.tokens,
-            "data": self.stream.state(self.samples.samples(self.step), self.digest),
+            "step": self.step, "tokens": self.tokens, "code": self.code, "skipped": self.skipped, "rollbacks": self.rollbacks,
+            "losses": list(self.spikes.losses), "evaluation_due": self.evaluation_due,
+            "data": self.stream.state(self._next_sample(), self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
         texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
-        return store.save(self.engine, self.checkpoints, self.step, state, texts, self.config.checkpoint.keep_last)
+        return store.begin(self.engine, self.checkpoints, self.step, state, texts, copies)
+
+    def _finish_writing(self, writing: store.Save | None = None, must: bool = False) -> None:
+        """Publish what is being written. A full disk is no reason to stop, unless it `must` be saved: the older checkpoints are
+        whole, and there may be room the next time."""
+        writing, self.writing = writing or self.writing, None
+        if writing is None:
+            return
+        keep = self.config.checkpoint
+        try:
+            saved = writing.finish(keep.keep_last, keep.keep_every)
+        except UserError as error:
+            if must:
+                raise
+            return self._warn_not_saved(error)
+        self.saved_at = int(saved.path.name[5:])
+        if self.metrics:
+            self.metrics.log_checkpoint(self.saved_at, {
+                "bytes": saved.bytes, "seconds": saved.seconds, "stall_seconds": saved.stall_seconds})
+
+    def _warn_not_saved(self, error: UserError) -> None:
+        if self.processes.rank == 0:
+            print(f"warning: a checkpoint is not saved, training goes on: {error}", file=sys.stderr, flush=True)
+
+    def _roll_back(self, loss: float) -> None:
+        """After a loss spike: the last checkpoint again, without the samples from there to here."""
+        self._finish_writing()
+        path = on_rank_zero(lambda: _newest(self.checkpoints)[0])
+        if path is None or self.rollbacks >= self.config.training.max_rollbacks:
+            if self.processes.rank == 0:
+                why = "there is no checkpoint" if path is None else f"training.max_rollbacks={self.rollbacks} are used up"
+                print(f"warning: step {self.step}: loss {loss:.4f} is a spike; {why}", file=sys.stderr, flush=True)
+            return
+        spike, score, to, rollbacks = self.step, self.spikes.score(loss), self._next_sample(), self.rollbacks + 1
+        self._take_up(path)
+        skips = self._next_sample(), to
+        self.skipped, self.rollbacks = to - self.samples.samples(self.step), rollbacks
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = self._open_metrics()  # lines of the steps taken back move out
+            self.metrics.log_rollback(self.step, {
+                "spike_step": spike, "loss": loss, "z_score": score, "skips": skips, "rollbacks": rollbacks})
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to end; the same on all."""
+        asked = torch.tensor(float(signals.received() is not None), device=self.processes.device)
+        self.stopping = all_reduce_sum(asked).item() > 0
+        return self.stopping
 
     def _loss(self, batch: DeviceBatch) -> torch.Tensor:
         loss_sum, _ = self.engine(batch.tokens, batch.documents, batch.labels)
@@ -257,9 +378,8 @@ class Trainer:
         ahead, self.ahead = self.ahead, None
         if ahead and ahead[0] == (step, micro_step):
             return ahead[1]
-        stage, micro_batch = self.samples.stage(step), self.config.training.micro_batch
-        first = first_sample(stage, micro_batch, self.processes.world_size, self.processes.rank, step, micro_step)
-        return DeviceBatch.of(self.stream.batch(first, micro_batch * stage.parts), self.processes.device)
+        rows = self.config.training.micro_batch * self.samples.stage(step).parts
+        return DeviceBatch.of(self.stream.batch(self._first_sample(step, micro_step), rows), self.processes.device)
 
     def _fetch_ahead(self, micro_step: int, accumulation: int) -> None:
         """Get the batch after this one while the device is at work. Not past the budget, and not for the CPU: it is at work."""
@@ -267,17 +387,24 @@ class Trainer:
         if self.processes.device.type == "cuda" and following[0] < self.config.total_steps:
             self.ahead = following, self._batch(*following)
 
-    def _count_bad_steps(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.bad_steps = 0
-            return
-        self.bad_steps += 1
-        if self.bad_steps >= self.config.training.max_bad_steps:
-            first = self.samples.samples(self.step)
-            raise UserError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}, not finite {self.bad_steps} steps in a row (samples "
-                f"{first} to {self.samples.samples(self.step + 1) - 1}); lower optimizer.lr or raise training.max_bad_steps"
-            )
+    def _first_sample(self, step: int, micro_step: int) -> int:
+        stage, micro_batch = self.samples.stage(step), self.config.training.micro_batch
+        first = first_sample(stage, micro_batch, self.processes.world_size, self.processes.rank, step, micro_step)
+        return self.skipped + first
+
+    def _next_sample(self) -> int:
+        """The first sample of the next step."""
+        return self.samples.samples(self.step) + self.skipped
+
+    def _samples_at_fault(self, losses: list[torch.Tensor]) -> list[tuple[int, int]]:
+        """[first, last) of the passes of this step, on any rank, whose loss is not finite; of all, if only the gradient is not.
+        All ranks together."""
+        stage = self.samples.stage(self.step)
+        firsts = [self._first_sample(self.step, i) for i, loss in enumerate(losses) if not loss.isfinite()]
+        found = [first for rank in on_every_rank(lambda: firsts) for first in rank]
+        if not found:
+            return [(self._next_sample(), self._next_sample() + stage.global_batch)]
+        return badsteps.merged([(first, first + self.config.training.micro_batch * stage.parts) for first in found])
 
     def _open_metrics(self) -> Metrics:
         config = self.config
@@ -289,7 +416,7 @@ class Trainer:
 
 
 def prepare_run_folder(folder: Path) -> None:
-    """Make the run's folder. Raises UserError if it cannot be written."""
+    """Make the run's folder, and keep other runs out of it. Raises UserError if it cannot be written, or one is in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
@@ -297,6 +424,18 @@ def prepare_run_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot make the run's folder ({error.strerror}); set run.folder to one that can be") from None
     if not writable:
         raise UserError(f"{folder}: the run's folder cannot be written; set run.folder to one that can be")
+    _lock(folder)
+
+
+def _lock(folder: Path) -> None:
+    """Keep others out of the run's folder for as long as this process lives. Raises UserError if one is in it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process trains in it; wait for its end, or set run.name to another") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def find_checkpoint(where: str, checkpoints: Path) -> Path | None:
