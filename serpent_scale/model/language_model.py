@@ -50,7 +50,10 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor | None, documents: Documents, state=None):
         x, h = self.norm(h, y)
-        y, state = self.mixer(x, documents, state)
+        if documents.shard is None:
+            y, state = self.mixer(x, documents, state)
+        else:
+            y, state = documents.shard.mix(self.mixer, x, documents, state)
         return h, y, state
 
 
