@@ -12,7 +12,8 @@ class Phases(NamedTuple):
 
     state (B, ...): what it leaves of 0. span (B, ...), smaller: spans of shards in sequence add up, infinite where a document
     begins. decay(span): the factors, broadcastable to state; any leading dimensions. These carry no gradients.
-    run(h) -> (y, state after): the outputs, differentiable in everything but for what h owes to other shards.
+    run(h) -> (y, state after, ...): the outputs, differentiable in everything but for what h owes to other shards, and what else
+    there is to hand on.
     gradient(saved, grad_y, grad_after): gradient of h as far as this shard's outputs go, for a backward pass that must know it
     before that of `run`. saved: the tensors it needs, for autograd to keep.
     """
@@ -20,6 +21,6 @@ class Phases(NamedTuple):
     state: Tensor
     span: Tensor
     decay: Callable[[Tensor], Tensor]
-    run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    run: Callable[[Tensor], tuple[Tensor, ...]]
     saved: tuple[Tensor | None, ...]
     gradient: Callable[[tuple, Tensor, Tensor | None], Tensor]

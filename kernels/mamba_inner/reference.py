@@ -32,16 +32,16 @@ def mamba_inner_phases(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, since_reset: Tensor | None = None, n_live: Tensor | None = None, reset: Tensor | None = None,
     live: Tensor | None = None, halo: Tensor | None = None,
-) -> tuple[Phases, Tensor]:
-    """`mamba_inner` of a shard whose initial state is not known yet, and the halo out. The span is the sum of steps (B, D)."""
+) -> Phases:
+    """`mamba_inner` of a shard whose initial state is not known yet; `run` returns the halo out besides. The span is the sum of
+    steps (B, D)."""
     u, dt, B, C, z, halo = _project(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
     A = -torch.exp(A_log)
-    phases = Phases(
+    return Phases(
         *scan_state(u, dt, A, B, dt_bias, reset, live), decay(A.detach()),
-        lambda initial: selective_scan(u, dt, A, B, C, D, z, dt_bias, reset, live, initial),
+        lambda initial: (*selective_scan(u, dt, A, B, C, D, z, dt_bias, reset, live, initial), halo),
         (dt, A, C, z, dt_bias, reset, live), lambda saved, *grads: scan_state_gradient(*grads, *saved),
     )
-    return phases, halo
 
 
 def decay(A: Tensor):

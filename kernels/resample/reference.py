@@ -162,7 +162,7 @@ def clock_maps(
     interval = intervals(u.to(torch.promote_types(u.dtype, torch.float32)), weight, bias, sampling)
     drift = torch.round(interval * TICKS).long() - sampling.rate
     maps = torch.stack(_prefix_maps(drift, sampling.band, reset))  # (3, B, L)
-    nothing = maps.new_tensor([0, -sampling.band, sampling.band])[:, None].expand(-1, len(u))
+    nothing = torch.stack([maps.new_full((len(u),), value) for value in (0, -sampling.band, sampling.band)])
     return torch.stack([maps[..., end - 1] if end else nothing for end in ends])
 
 

@@ -79,8 +79,8 @@ class Mamba(Mixer):
     def begin(self, x: Tensor, before: Tensor, documents: Documents, state: MambaState | None = None) -> Begun:
         conv, ssm = (None, None) if state is None else state
         conv = halo(conv, self.in_proj(before)[..., : self.d_inner], self.reach)
-        phases, conv = mamba_inner_phases(self.in_proj(x), *self._inner(documents), conv)
-        return Begun(phases, ssm, lambda y, ssm: (self.out_proj(y), MambaState(conv, ssm)))
+        phases = mamba_inner_phases(self.in_proj(x), *self._inner(documents), conv)
+        return Begun(phases, ssm, lambda y, after, conv: (self.out_proj(y), MambaState(conv, after)))
 
     def _decode(self, x: Tensor, documents: Documents, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token a row, without gradients."""

@@ -14,13 +14,13 @@ from serpent_scale.model.documents import Documents
 class Begun(NamedTuple):
     """A mixer at work on a shard: its scan in phases, and what is left to do after it.
 
-    initial: the state before the whole rows, None if it is 0. finish(y, state after) -> (outputs, the mixer's state), from what
-    phases.run returned.
+    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
+    what phases.run returned.
     """
 
     phases: Phases
     initial: Tensor | None
-    finish: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+    finish: Callable[..., tuple[Tensor, Any]]
 
 
 class Mixer(nn.Module):

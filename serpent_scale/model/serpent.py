@@ -108,8 +108,8 @@ class Branch(nn.Module):
             x, x[:, :0], Documents(clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last), inner
         )
 
-        def finish(y: Tensor, after: Tensor) -> tuple[Tensor, BranchState]:
-            y, state = begun.finish(y, after)
+        def finish(*ran: Tensor) -> tuple[Tensor, BranchState]:
+            y, state = begun.finish(*ran)
             tail = last[:, None] + slot[:n_tail]
             live = tail < clock.n_live[:, None]
             elements = Documents(clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail))

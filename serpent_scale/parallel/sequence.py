@@ -45,9 +45,13 @@ class Sequence:
         begun, join = mixer.begin_all(x, before, [] if outlines is None else list(outlines), documents, state)
         phases = [part.phases for part in begun]
         initial, spans = states_before(ring, phases, [part.initial for part in begun])
-        ran = [output for part, h in zip(phases, initial) for output in part.run(h)]
+        ran, rest = [], []
+        for part, h in zip(phases, initial):
+            y, after, *others = part.run(h)
+            ran += y, after
+            rest.append(others)
         ran = Continue.apply(ring, phases, spans, *ran, *(t for part in phases for t in part.saved))
-        return join([part.finish(y, after) for part, y, after in zip(begun, ran[::2], ran[1::2])])
+        return join([part.finish(y, after, *others) for part, y, after, others in zip(begun, ran[::2], ran[1::2], rest)])
 
     def _count(self, emitted: Tensor) -> None:
         self.elements += emitted.sum()
