@@ -135,6 +135,11 @@ class TrainingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    sequence: int = setting(1, "ranks that share each sequence, a contiguous shard each; it divides the number of ranks", ge=1)
+
+
+@dataclass
 class CheckpointConfig:
     every: int = setting(1000, "steps between checkpoints; one is always written at the end", ge=1)
     keep_last: int = setting(3, "checkpoints kept; at least 2, so that one is always whole", ge=2)
@@ -162,6 +167,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -181,13 +187,28 @@ class Config:
     def run_folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
 
+    @property
+    def shard_len(self) -> int:
+        """Tokens of a sequence that a rank holds, at most."""
+        return -(-self.data.seq_len // self.parallel.sequence)
+
+    def replicas(self, world_size: int) -> int:
+        """Groups of ranks that work on sequences of their own. Raises UserError when the ranks do not divide."""
+        if world_size % self.parallel.sequence:
+            raise UserError(
+                f"parallel.sequence={self.parallel.sequence} does not divide the {world_size} ranks; change one of them"
+            )
+        return world_size // self.parallel.sequence
+
     def grad_accumulation(self, world_size: int) -> int:
         """Forward passes per optimizer step on each rank. Raises UserError when the batch does not divide."""
-        per_pass = self.training.micro_batch * world_size
+        replicas = self.replicas(world_size)
+        per_pass = self.training.micro_batch * replicas
         if self.training.global_batch % per_pass:
+            groups = "ranks" if self.parallel.sequence == 1 else f"groups of {self.parallel.sequence} ranks"
             raise UserError(
                 f"training.global_batch={self.training.global_batch} is not a multiple of training.micro_batch="
-                f"{self.training.micro_batch} x {world_size} ranks = {per_pass}; change one of them"
+                f"{self.training.micro_batch} x {replicas} {groups} = {per_pass}; change one of them"
             )
         return self.training.global_batch // per_pass
 
@@ -375,6 +396,7 @@ def _check_combinations(config: Config) -> None:
         if mixer.dt_min > mixer.dt_max:
             raise UserError(f"{path}.dt_min={mixer.dt_min} is above {path}.dt_max={mixer.dt_max}")
     _check_heads(model)
+    _check_shards(config)
     if training.max_steps is None and training.max_tokens is None:
         raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
     if schedule.kind == "wsd" and not schedule.decay_steps:
@@ -392,6 +414,26 @@ def _check_combinations(config: Config) -> None:
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", config.run.name):
         raise UserError(f"run.name='{config.run.name}' must be letters, digits, '.', '_' and '-': it names a folder")
+
+
+def _check_shards(config: Config) -> None:
+    """Each shard of a sequence has at least the tokens that the one after it looks back on."""
+    model, parts, length = config.model, config.parallel.sequence, config.data.seq_len
+    if parts == 1:
+        return
+    halos, used = {}, set(model.pattern)
+    if "serpent" in used:
+        used.add(model.serpent.inner)
+        slowest = min((rate for rate in model.serpent.rates if rate != 1), default=1)
+        halos["SeRpEnt's window"] = math.ceil(model.serpent.horizon * model.serpent.spread / slowest)
+    for name in used & set(MIXERS):
+        halos[f"{name}'s convolution"] = getattr(getattr(model, name), "d_conv", 1) - 1
+    what, need = max(halos.items(), key=lambda item: item[1])
+    if length // parts < max(1, need):
+        raise UserError(
+            f"parallel.sequence={parts} cuts data.seq_len={length} into shards of {length // parts} tokens, and {what} reaches "
+            f"{need} tokens back; set parallel.sequence <= {max(1, length // max(1, need))} or data.seq_len >= {parts * max(1, need)}"
+        )
 
 
 def _check_heads(model: ModelConfig) -> None:

@@ -59,7 +59,7 @@ def memory_per_rank(config: Config, world_size: int, device: str) -> dict[str, f
 
 
 def _activation_bytes(config: Config, device: str) -> float:
-    model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
+    model, rows, length = config.model, config.training.micro_batch, config.shard_len
     names, on_cpu = layer_names(model), device == "cpu"
     kept = {name: (_saved_bytes if on_cpu else _kernels_bytes)(name, config) for name in set(names)}
     stream = 4 * rows * length * model.d_model
@@ -75,7 +75,7 @@ def _activation_bytes(config: Config, device: str) -> float:
 
 def _kernels_bytes(name: str, config: Config) -> float:
     """Bytes one block keeps for its backward pass on a GPU."""
-    model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
+    model, rows, length = config.model, config.training.micro_batch, config.shard_len
     d, itemsize = model.d_model, 2 if config.training.precision == "bf16" else 4
     mixer = mixers.kept_bytes(name, model, itemsize, length)
     return rows * length * ((4 + itemsize) * d + mixer)  # the residual stream, and what the norm makes of it
@@ -83,7 +83,7 @@ def _kernels_bytes(name: str, config: Config) -> float:
 
 def _saved_bytes(name: str, config: Config) -> float:
     """Bytes one block keeps for its backward pass on a CPU, counted on at most 512 tokens a row and scaled up."""
-    rows, length = config.training.micro_batch, min(config.data.seq_len, 512)
+    rows, length = config.training.micro_batch, min(config.shard_len, 512)
     seen: dict[int, torch.Tensor] = {}
 
     def keep(tensor):
@@ -98,4 +98,4 @@ def _saved_bytes(name: str, config: Config) -> float:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")
         with autocast, saved_tensors_hooks(keep, lambda t: t):
             block(h, None, documents)
-    return sum(t.untyped_storage().nbytes() for t in seen.values()) * config.data.seq_len / length
+    return sum(t.untyped_storage().nbytes() for t in seen.values()) * config.shard_len / length

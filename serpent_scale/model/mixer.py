@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from serpent_scale.errors import UserError
 from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
 
@@ -46,7 +47,7 @@ class Mixer(nn.Module):
     @property
     def reach(self) -> int:
         """Tokens before a shard whose inputs its outputs need, beyond what the state says of them."""
-        raise NotImplementedError
+        raise UserError(f"parallel.sequence: {type(self).__name__} has no form for shards of a sequence; set parallel.sequence=1")
 
     def begin(self, x: Tensor, before: Tensor, documents: Documents, state: Any = None) -> Begun:
         """x (B, L, d_in), a shard; before (B, n, d_in): the n <= reach tokens before it, fewer only where the rows begin there;

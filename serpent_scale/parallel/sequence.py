@@ -58,12 +58,18 @@ class Sequence:
 
     def last_states(self, states: list) -> list:
         """The states after the whole sequences, on every rank; each passes its own."""
-        return _map(lambda t: self._from_last(t), states)
+        return _map(self._from_last, states)
 
     def _from_last(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         torch.distributed.broadcast(tensor, group=self.ring.group, group_src=self.ring.size - 1)
         return tensor
+
+
+def load(elements: list[float], size: int) -> float:
+    """Largest over mean number of elements emitted per rank, of the worst group of `size` neighbouring ranks."""
+    groups = [elements[i : i + size] for i in range(0, len(elements), size)]
+    return max(max(group) * size / max(1.0, sum(group)) for group in groups)
 
 
 def _map(fn, value):

@@ -124,6 +124,8 @@ def _short(values: dict) -> str:
              f"lr {values['lr']:.2e}"]
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("sequence_load") is not None:
+        parts.append(f"load {values['sequence_load']:.3f}")
     if values.get("memory_gib") is not None:
         parts.append(f"{values['memory_gib']:.1f} GiB")
     return "  ".join(parts)

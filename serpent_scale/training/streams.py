@@ -21,6 +21,7 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
     return train, evaluation
 
 
-def first_sample(training: TrainingConfig, world_size: int, rank: int, step: int, micro_step: int) -> int:
-    """Number of the first sample of a rank's micro-batch: step s covers samples [s G, (s + 1) G), G the global batch."""
-    return step * training.global_batch + (micro_step * world_size + rank) * training.micro_batch
+def first_sample(training: TrainingConfig, replicas: int, replica: int, step: int, micro_step: int) -> int:
+    """Number of the first sample of a replica's micro-batch: step s covers samples [s G, (s + 1) G), G the global batch. A replica
+    is a rank, or the ranks that share a sequence."""
+    return step * training.global_batch + (micro_step * replicas + replica) * training.micro_batch

@@ -8,8 +8,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
-import pydantic
 import torch
 
 from data_pipeline import digest
@@ -21,9 +19,10 @@ from serpent_scale.model.accounting import GIB, flops_per_token
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_rank_zero
-from serpent_scale.training.deepspeed_config import deepspeed_config
+from serpent_scale.parallel.sequence import Sequence, load
+from serpent_scale.training.engine import build_engine, check_gradients, loss_divisor
 from serpent_scale.training.metrics import Metrics
-from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
+from serpent_scale.training.optimizer import apply_settings, learning_rate
 from serpent_scale.training.streams import first_sample, open_streams
 
 # Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
@@ -37,12 +36,17 @@ class DeviceBatch:
     tokens: torch.Tensor
     labels: torch.Tensor
     documents: Documents
-    digest: int  # of the samples
+    digest: int  # of the samples; 0 on ranks that share them with one that counts
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
-        tokens, labels, reset = (send(tensor, device) for tensor in (batch.tokens, batch.labels, batch.reset))
-        return cls(tokens, labels, Documents(reset, batch.lengths), batch.digest)
+    def of(cls, batch: Batch, device: torch.device, sequence: Sequence | None = None) -> DeviceBatch:
+        """sequence: the ranks that share the rows, of which this one takes its tokens."""
+        documents = Documents(send(batch.reset, device), batch.lengths)
+        if sequence is None:
+            return cls(send(batch.tokens, device), send(batch.labels, device), documents, batch.digest)
+        own = sequence.own(batch.tokens.shape[1])
+        tokens, labels = (send(tensor[:, own].contiguous(), device) for tensor in (batch.tokens, batch.labels))
+        return cls(tokens, labels, sequence.shard(documents), batch.digest if sequence.ring.rank == 0 else 0)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -59,18 +63,15 @@ class Trainer:
         device = processes.device
         self.stream, self.validation = open_streams(config)
         self.tokenizer = self.stream.index.tokenizer_path.read_text()
+        self.replicas, self.replica, self.sequence = processes.world_size, processes.rank, None
+        if config.parallel.sequence > 1:
+            self.sequence = Sequence(config.parallel.sequence, processes.world_size, device)
+            self.replicas, self.replica = config.replicas(processes.world_size), self.sequence.replica
+            check_gradients(config, self.sequence, processes)
 
         torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
         model = LanguageModel(config.model, config.training.activation_checkpointing).to(device)
-        self.optimizer = build_optimizer(model, config, device)
-        settings = deepspeed_config(config, processes.world_size)
-        try:
-            self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
-        except pydantic.ValidationError as error:  # DeepSpeed's check of its sections: only `deepspeed:` can be at fault
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            reason = f"'{key}' is refused by {error.title} ({first['msg']})"
-            raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
+        self.engine, self.optimizer = build_engine(model, config, processes)
         self.flops = flops_per_token(config.model).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.bad_steps, self.wandb_id, self.metrics = 0, 0, 0, None, None
@@ -137,22 +138,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
-        consumed = 0
+        consumed, before = 0, self.sequence.elements.clone() if self.sequence else None
         for micro_step in range(self.accumulation):
             fetched = time.perf_counter()
             batch = self._batch(self._first_sample(self.step, micro_step))
             data_seconds += time.perf_counter() - fetched
             consumed += batch.digest
             loss_sum = self._loss(batch)
-            # A fixed divisor: the global gradient does not depend on how documents fall on ranks.
-            self.engine.backward(loss_sum / batch.tokens.numel())
+            self.engine.backward(loss_sum / loss_divisor(self.config))
             self._fetch_ahead(micro_step)
             self.engine.step()
             totals += self._totals(loss_sum, batch)
         # The limbs go along as float64, which holds them exactly: one collective, one wait.
         limbs = torch.tensor(digest.to_limbs(consumed), dtype=torch.float64)
-        totals = torch.cat([totals, send(limbs, self.processes.device)])
-        loss_sum, labels, *limbs = all_reduce_sum(totals).tolist()
+        parts = [totals, send(limbs, self.processes.device)]
+        if self.sequence:
+            elements = torch.zeros(self.processes.world_size, dtype=torch.float64, device=self.processes.device)
+            elements[self.processes.rank] = self.sequence.elements - before
+            parts.append(elements)
+        loss_sum, labels, *rest = all_reduce_sum(torch.cat(parts)).tolist()
+        limbs, elements = rest[: len(limbs)], rest[len(limbs) :]
         loss, norm = loss_sum / labels if labels else math.nan, float(self.engine.get_global_grad_norm())
         self._count_bad_steps(loss, norm)
         self.step += 1
@@ -165,18 +170,18 @@ class Trainer:
             "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
             "step_seconds": seconds, "data_seconds": data_seconds,
             "data_digest": digest.to_hex(self.digest),
-        }
+        } | ({"sequence_load": load(elements, self.config.parallel.sequence)} if any(elements) else {})
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks."""
         stream, rows = self.validation, self.config.training.micro_batch
         windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
-        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.processes.world_size
+        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.replicas
         self.engine.eval()
-        for first in range(self.processes.rank * rows, windows + self.processes.rank * rows, stride):
+        for first in range(self.replica * rows, windows + self.replica * rows, stride):
             # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
-            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device)
+            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device, self.sequence)
             batch.labels[max(0, windows - first) :] = -100
             totals += self._totals(self._loss(batch), batch)
         self.engine.train()
@@ -208,7 +213,7 @@ class Trainer:
         ahead, self.ahead = self.ahead, None
         if ahead and ahead[0] == first:
             return ahead[1]
-        return DeviceBatch.of(self.stream.batch(first, self.config.training.micro_batch), self.processes.device)
+        return DeviceBatch.of(self.stream.batch(first, self.config.training.micro_batch), self.processes.device, self.sequence)
 
     def _fetch_ahead(self, micro_step: int) -> None:
         """Get the batch after this one while the device is at work. Not past the budget, and not for the CPU: it is at work."""
@@ -218,7 +223,7 @@ class Trainer:
             self.ahead = first, self._batch(first)
 
     def _first_sample(self, step: int, micro_step: int) -> int:
-        return first_sample(self.config.training, self.processes.world_size, self.processes.rank, step, micro_step)
+        return first_sample(self.config.training, self.replicas, self.replica, step, micro_step)
 
     def _count_bad_steps(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
