@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
+from serpent_scale.kernels.linear_later import linear_later
 from serpent_scale.kernels.mamba_inner import mamba_inner, mamba_inner_phases
 from serpent_scale.kernels.selective_state_update import selective_state_update
 from serpent_scale.model.documents import Documents
@@ -79,8 +80,9 @@ class Mamba(Mixer):
     def begin(self, x: Tensor, before: Tensor, documents: Documents, state: MambaState | None = None) -> Begun:
         conv, ssm = (None, None) if state is None else state
         conv = halo(conv, self.in_proj(before)[..., : self.d_inner], self.reach)
-        phases = mamba_inner_phases(self.in_proj(x), *self._inner(documents), conv)
-        return Begun(phases, ssm, lambda y, after, conv: (self.out_proj(y), MambaState(conv, after)))
+        xz, gate = linear_later(x, self.in_proj.weight, slice(0, self.d_inner))
+        phases = mamba_inner_phases(xz, *self._inner(documents), conv)
+        return Begun(phases, ssm, lambda y, after, conv: (self.out_proj(y), MambaState(conv, after)), gate)
 
     def _decode(self, x: Tensor, documents: Documents, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token a row, without gradients."""

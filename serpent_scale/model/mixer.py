@@ -16,12 +16,13 @@ class Begun(NamedTuple):
     """A mixer at work on a shard: its scan in phases, and what is left to do after it.
 
     initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
-    what phases.run returned.
+    what phases.run returned. meanwhile(): work that need not wait for the state before the shard.
     """
 
     phases: Phases
     initial: Tensor | None
     finish: Callable[..., tuple[Tensor, Any]]
+    meanwhile: Callable[[], None] = lambda: None
 
 
 class Mixer(nn.Module):

@@ -118,7 +118,7 @@ class Branch(nn.Module):
             z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, outputs)
             return z[:, before:], BranchState(window, state, tail_out)
 
-        return Begun(begun.phases, begun.initial, finish)
+        return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
 
     def _carry(self, u: Tensor, outlines: list[Tensor], whole: Documents, start: int, given: Carry | None) -> Carry:
         """As compression begins at token `start` > 0 of the rows: nothing that is needed looks further back than it."""

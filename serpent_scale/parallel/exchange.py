@@ -6,6 +6,7 @@ ones; and states, those of all shards to all ranks. Their sizes do not depend on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,14 @@ class Ring:
         self.traffic.count(sum(sent_sizes) - sent_sizes[self.rank])
         return [_tensors(part, block) for part, block in zip(received.split(sizes), forms)]
 
-    def gather(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Each with a leading dimension for the ranks, (P, ...). They share a dtype."""
+    def gather(self, tensors: list[Tensor], meanwhile: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """Each with a leading dimension for the ranks, (P, ...). They share a dtype. meanwhile() is called with the message under
+        way."""
         flat = torch.cat([t.flatten() for t in tensors])
         out = flat.new_empty(self.size * len(flat))
-        dist.all_gather_into_tensor(out, flat, group=self.group)
+        under_way = dist.all_gather_into_tensor(out, flat, group=self.group, async_op=True)
+        meanwhile()
+        under_way.wait()
         self.traffic.count((self.size - 1) * flat.numel() * flat.element_size())
         parts = out.view(self.size, -1).split([t.numel() for t in tensors], 1)
         return [part.unflatten(1, t.shape) for part, t in zip(parts, tensors)]
@@ -120,9 +124,11 @@ def _overlap(wanted: tuple[int, int], held: list[int]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def states_before(ring: Ring, phases: list[Phases], initial: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+def states_before(
+    ring: Ring, phases: list[Phases], initial: list[Tensor | None], meanwhile: Callable[[], None]
+) -> tuple[list[Tensor], list[Tensor]]:
     """The state before this shard, for each scan, and the spans of all shards (P, ...). initial: before the whole rows."""
-    gathered = ring.gather([t for part in phases for t in (part.state, part.span.to(part.state.dtype))])
+    gathered = ring.gather([t for part in phases for t in (part.state, part.span.to(part.state.dtype))], meanwhile)
     found, spans = [], gathered[1::2]
     for part, states, span, given in zip(phases, gathered[::2], spans, initial):
         if given is not None:

@@ -44,7 +44,9 @@ class Sequence:
         x, before, outlines = RowsBefore.apply(x, ring, borders, reach, outline)
         begun, join = mixer.begin_all(x, before, [] if outlines is None else list(outlines), documents, state)
         phases = [part.phases for part in begun]
-        initial, spans = states_before(ring, phases, [part.initial for part in begun])
+        initial, spans = states_before(
+            ring, phases, [part.initial for part in begun], lambda: [part.meanwhile() for part in begun]
+        )
         ran, rest = [], []
         for part, h in zip(phases, initial):
             y, after, *others = part.run(h)
