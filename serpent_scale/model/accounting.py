@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from serpent_scale.config import Config, ModelConfig
 from serpent_scale.model import mixers
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab
+from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab, recomputed_together
 
 GIB = 2**30
 
@@ -64,7 +64,10 @@ def _activation_bytes(config: Config, device: str) -> float:
     kept = {name: (_saved_bytes if on_cpu else _kernels_bytes)(name, config) for name in set(names)}
     stream = 4 * rows * length * model.d_model
     if config.training.activation_checkpointing:
-        total = stream * len(names) + max(kept.values())
+        size = recomputed_together(len(names))
+        group = max(sum(kept[name] for name in names[i : i + size]) for i in range(0, len(names), size))
+        given = stream * (1.5 if config.training.precision == "bf16" else 2)  # h and y
+        total = given * -(-len(names) // size) + group
     else:
         total = sum(kept[name] for name in names)
     if not on_cpu and config.training.precision == "bf16":  # autocast's copies of the weights
