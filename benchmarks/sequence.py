@@ -4,9 +4,10 @@
     python benchmarks/sequence.py --ranks 2 --lengths 1048576 --checkpointing --append
     python benchmarks/sequence.py --size tiny --lengths 256 512 --steps 2        # on CPUs: tries the script
 
-Each world is started anew, one process a device, over NCCL or gloo. A training step is the trainer's: DeepSpeed's engine at ZeRO-1,
-bf16 autocast, AdamW, one sequence of random tokens a step. The layer is a Mamba layer, forward and backward, in bf16; its all-to-all
-form is how a layer is shared by heads: tokens are exchanged for channels before the convolution and back after the gate.
+Each world is started anew, one process a device, over NCCL or gloo. A training step is the trainer's: DeepSpeed's engine at
+ZeRO-1, bf16 autocast, AdamW, one sequence of random tokens a step. The layer is a Mamba layer, forward and backward, in bf16;
+its all-to-all form is how a layer is shared by heads: tokens are exchanged for channels before the convolution and back after
+the gate.
 """
 from __future__ import annotations
 
@@ -154,7 +155,10 @@ def layer(ranks, arguments, length: int) -> dict:
     own, dtype = sequence.own(length), torch.bfloat16 if harness.DEVICE == "cuda" else torch.float32
     x = whole[:, own].to(ranks.device, dtype).requires_grad_()
     documents = sequence.shard(Documents.whole(1, length, ranks.device))
-    forms = {"state passing": lambda: documents.shard.mix(mixer, x, documents, None)[0], "all-to-all": lambda: all_to_all_layer(mixer, x)}
+    forms = {
+        "state passing": lambda: documents.shard.mix(mixer, x, documents, None)[0],
+        "all-to-all": lambda: all_to_all_layer(mixer, x),
+    }
     found, outputs = {}, []
     for name, form in forms.items():
 
@@ -182,7 +186,8 @@ def work(arguments: argparse.Namespace) -> None:
             except torch.OutOfMemoryError as error:
                 result = {"failed": harness.one_line(error)}
             if ranks.rank == 0:
-                print("RESULT " + json.dumps({"what": what.__name__, "ranks": ranks.world_size, "length": length, **result}), flush=True)
+                case = {"what": what.__name__, "ranks": ranks.world_size, "length": length}
+                print("RESULT " + json.dumps(case | result), flush=True)
     processes.stop()
 
 
@@ -197,7 +202,8 @@ def start(world_size: int) -> list[dict]:
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
         if harness.DEVICE == "cpu":
             env["DS_ACCELERATOR"] = "cpu"
-        running.append(subprocess.Popen([sys.executable, *sys.argv], env=env, text=True, stdout=subprocess.PIPE if rank == 0 else None))
+        out = subprocess.PIPE if rank == 0 else None
+        running.append(subprocess.Popen([sys.executable, *sys.argv], env=env, text=True, stdout=out))
     found = []
     for line in running[0].stdout:
         if line.startswith("RESULT "):
@@ -219,14 +225,15 @@ def tables(found: list[dict]) -> list[str]:
         speed, alone = 1e3 * length / r["ms"]["median"], steps.get((1, length), {}).get("ms", {}).get("median")
         efficiency = f"{alone / r['ms']['median'] / ranks:.1%}" if alone else "-"
         rows.append([
-            f"{length:,}", str(ranks), f"{speed:,.0f}", Spread(**r["ms"]).text(lambda v: f"{v:.1f}"), efficiency, f"{r['gib']:.1f}",
-            str(r["exchanges"]), f"{r['bytes'] / 1e6:.2f}", f"{r['load']:.3f}",
+            f"{length:,}", str(ranks), f"{speed:,.0f}", Spread(**r["ms"]).text(lambda v: f"{v:.1f}"), efficiency,
+            f"{r['gib']:.1f}", str(r["exchanges"]), f"{r['bytes'] / 1e6:.2f}", f"{r['load']:.3f}",
         ])  # fmt: skip
     head = ["tokens a sequence", "ranks", "tokens/s", "ms per step", "efficiency", "peak GiB of rank 0", "exchanges a step",
             "MB sent by rank 0", "emitted, largest / mean"]  # fmt: skip
     parts = [harness.table(head, rows)]
     layers = [
-        [f"{r['length']:,}", str(r["ranks"]), *(Spread(**r[k]).text(lambda v: f"{v:.2f}") for k in ("state passing", "all-to-all")),
+        [f"{r['length']:,}", str(r["ranks"]),
+         *(Spread(**r[k]).text(lambda v: f"{v:.2f}") for k in ("state passing", "all-to-all")),
          f"{r['all-to-all']['median'] / r['state passing']['median']:.2f}", f"{r['apart']:.1e}"]
         for r in found if r["what"] == "layer" and "failed" not in r
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A product with a weight of which some output columns are wanted now and the others can wait, at no cost to the backward pass."""
+"""A product with a weight of which some output columns are wanted now and others can wait. The backward pass is one."""
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""A linear recurrence over one shard of a sequence, in phases: something may happen between finding what the shard does to a state
-and running it from the state that the shards before it leave."""
+"""A linear recurrence over one shard of a sequence, in phases: something may happen between finding what the shard does to a
+state and running it from the state that the shards before it leave."""
 from __future__ import annotations
 
 from typing import Callable, NamedTuple

@@ -432,7 +432,8 @@ def _check_shards(config: Config) -> None:
     if length // parts < max(1, need):
         raise UserError(
             f"parallel.sequence={parts} cuts data.seq_len={length} into shards of {length // parts} tokens, and {what} reaches "
-            f"{need} tokens back; set parallel.sequence <= {max(1, length // max(1, need))} or data.seq_len >= {parts * max(1, need)}"
+            f"{need} tokens back; set parallel.sequence <= {max(1, length // max(1, need))} or data.seq_len >= "
+            f"{parts * max(1, need)}"
         )
 
 

@@ -6,6 +6,7 @@ from numerics import DEVICE, assert_near
 
 from serpent_scale.kernels import mamba_inner as mamba_package
 from serpent_scale.kernels import ssd as ssd_package
+from serpent_scale.kernels.linear_later import linear_later
 from serpent_scale.kernels.mamba_inner import reference as mamba_reference
 from serpent_scale.kernels.mamba_inner import triton as mamba_triton
 from serpent_scale.kernels.resample import TICKS, Sampling
@@ -134,3 +135,19 @@ def test_clock_maps(monkeypatch):
             near = resample_reference.apply_map(start, *fast)
             assert (near - ended[-1]).abs().max() < 32, "the logistic function may round otherwise"
         assert len({tuple(e.tolist()) for e in ended}) > 4, "the clock moves"
+
+
+@pytest.mark.parametrize("now", [slice(0, 3), slice(3, None)])
+def test_linear_later_is_the_product(now):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 4).requires_grad_(), torch.randn(8, 4).requires_grad_()
+    grad = torch.randn(2, 5, 8)
+    for autocast, bound in ((False, 1e-6), (True, 1e-2)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, fill = linear_later(x, weight, now)
+            before = y[..., now].clone()
+            fill()
+            expected = torch.nn.functional.linear(x, weight)
+        assert y.dtype == expected.dtype and torch.equal(before, y[..., now])
+        got, want = (torch.autograd.grad(v, (x, weight), grad.to(v.dtype)) for v in (y, expected))
+        assert_near(["y", "x", "weight"], [y, *got], [expected, *want], bound)

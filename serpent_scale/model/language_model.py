@@ -22,8 +22,8 @@ def padded_vocab(vocab_size: int) -> int:
 
 
 def recomputed_together(n_layers: int) -> int:
-    """Blocks that activation checkpointing recomputes at once: of all sizes the one that keeps least (Chen et al., arXiv 1604.06174),
-    given that a block keeps about four times its input for its own backward pass."""
+    """Blocks that activation checkpointing recomputes at once: of all sizes the one that keeps least (Chen et al., arXiv
+    1604.06174), given that a block keeps about four times its input for its own backward pass."""
     return max(1, round((n_layers / 4) ** 0.5))
 
 

@@ -86,9 +86,9 @@ class Branch(nn.Module):
     def begin(self, u: Tensor, before: int, outlines: list[Tensor], documents: Documents, state: BranchState | None) -> Begun:
         """u (B, before + L, d): a shard, and the tokens before it, to where the rows begin or `reach` of them.
 
-        The first tokens' read-out sees outputs of elements before the shard, so those of its lead are scanned here again. That is,
-        a shard's scan begins and ends a lead early, and what it emits after that follows once its state there is known. Which of
-        the two forms an element is in depends on its token alone: later ones must not move an output by a bit.
+        The first tokens' read-out sees outputs of elements before the shard, so those of its lead are scanned here again. That
+        is, a shard's scan begins and ends a lead early, and what it emits after that follows once its state there is known. Which
+        of the two forms an element is in depends on its token alone: later ones must not move an output by a bit.
         """
         around = documents.around(before)
         window, inner, outputs = (None, None, None) if state is None else state
@@ -128,7 +128,8 @@ class Branch(nn.Module):
             dev = apply_map(dev, *outline)
         since = whole.since_reset[:, start - 1]
         position = torch.where(since >= FAR, position + start, since + 1)
-        return Carry(dev, position, u.new_zeros(len(u), halo, u.shape[2]), zero.new_zeros(len(u), halo))
+        steps = torch.zeros(len(u), halo, dtype=torch.int32, device=u.device)
+        return Carry(dev, position, u.new_zeros(len(u), halo, u.shape[2]), steps)
 
     def slots(self, documents: Documents) -> int:
         """Room for every element these documents can emit."""

@@ -1,7 +1,7 @@
 """What the ranks that hold the shards of a sequence tell each other, in as few messages as there are moments to wait.
 
-Two exchanges, each with its own one in the backward pass: `Rows`, the inputs just before each shard and integers of all earlier
-ones; and states, those of all shards to all ranks. Their sizes do not depend on the length of the sequence.
+Two exchanges, each with its own in the backward pass: `RowsBefore`, the inputs just before each shard and integers of all earlier
+ones; and `states_before` with `Continue`, the states of all shards to all ranks. Their sizes do not depend on the length of the sequence.
 """
 from __future__ import annotations
 

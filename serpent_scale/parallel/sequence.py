@@ -1,7 +1,7 @@
 """Sequence parallelism: each sequence is cut into contiguous shards, one a rank, over a mesh of data x sequence.
 
-A mixer's forward pass comes in parts (`Mixer.begin_all`) between which ranks make two exchanges; parameters and the optimizer know
-nothing of it: to DeepSpeed all ranks are data-parallel ones.
+A mixer's forward pass comes in parts (`Mixer.begin_all`) between which ranks make two exchanges; parameters and the optimizer
+know nothing of it: to DeepSpeed all ranks are data-parallel ones.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serpent_scale.parallel.exchange import Continue, Ring, RowsBefore, states_b
 
 
 class Sequence:
-    """This rank's place in the mesh. Ranks that share sequences are neighbours, so that they are of one host where they can be."""
+    """This rank's place in the mesh. Ranks that share sequences are neighbours, so that they are of one host where they can."""
 
     def __init__(self, size: int, world_size: int, device: torch.device):
         mesh = init_device_mesh(device.type, (world_size // size, size), mesh_dim_names=("data", "sequence"))

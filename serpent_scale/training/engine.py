@@ -41,7 +41,7 @@ def build_engine(model: LanguageModel, config: Config, processes: Processes):
 def loss_divisor(config: Config) -> float:
     """What a rank's summed loss is divided by. Fixed: the global gradient does not depend on how documents fall on ranks.
 
-    DeepSpeed averages gradients over all ranks. Those of P ranks that share sequences are to be summed, so that each counts P times.
+    DeepSpeed averages gradients over all ranks. Those of P ranks that share sequences are to be summed: each counts P times.
     """
     return config.training.micro_batch * config.data.seq_len / config.parallel.sequence
 
@@ -77,7 +77,7 @@ def check_gradients(config: Config, sequence: Sequence, processes: Processes) ->
     engine.destroy()
     if not abs(shared - alone) <= TOLERANCE[config.training.precision] * alone:
         raise UserError(
-            f"parallel.sequence={shards}: the gradient norm of a trial step is {shared:.6g} with the sequence shared, {alone:.6g} "
+            f"parallel.sequence={shards}: the gradient norm of a trial step is {shared:.6g} shared, and {alone:.6g} "
             f"on one rank (ZeRO stage {config.training.zero_stage}); install the pinned DeepSpeed (make install), or set "
             "parallel.sequence=1"
         )

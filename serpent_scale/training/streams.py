@@ -22,6 +22,6 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
 
 
 def first_sample(training: TrainingConfig, replicas: int, replica: int, step: int, micro_step: int) -> int:
-    """Number of the first sample of a replica's micro-batch: step s covers samples [s G, (s + 1) G), G the global batch. A replica
-    is a rank, or the ranks that share a sequence."""
+    """Number of the first sample of a replica's micro-batch: step s covers samples [s G, (s + 1) G), G the global batch. A
+    replica is a rank, or the ranks that share a sequence."""
     return step * training.global_batch + (micro_step * replicas + replica) * training.micro_batch
