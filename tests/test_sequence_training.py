@@ -11,7 +11,7 @@ from serpent_scale.errors import UserError
 from unique_corpus import write_corpus
 
 VOCABULARY = 1000
-STAGES = (0, 1, 2, 3)
+STAGES, FOUR_RANKS = (0, 1, 2, 3), (1, 3)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def steps(trainer, n):
 
 
 def train_stages(processes, folder, sequence):
-    """Two steps at every stage. Two ranks that share sequences leave a checkpoint; two that do not take a third step, and take it
+    """Two steps at every stage, at two of them with four ranks. Two ranks that share sequences leave a checkpoint; two that do not take a third step, and take it
     again from that checkpoint."""
     from serpent_scale.training.trainer import Trainer
 
     found = {}
-    for stage in STAGES:
+    for stage in STAGES if processes.world_size == 2 else FOUR_RANKS:
         settings = config(folder, sequence, stage)
         trainer = Trainer(settings, processes)
         found[stage] = steps(trainer, 2)
@@ -81,7 +81,7 @@ def trained(workplace):
 def test_every_stage_trains_as_it_does_with_whole_sequences(trained, stage):
     """Losses, gradient norms before clipping, what clipped steps lead to, order of samples, evaluation."""
     expected = trained[2, 1][0][stage]
-    for key in ((2, 2), (4, 2)):
+    for key in ((2, 2), (4, 2)) if stage in FOUR_RANKS else ((2, 2),):
         for rank in trained[key]:
             close(rank[stage], expected, 2e-5)
 
