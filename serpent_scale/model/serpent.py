@@ -92,9 +92,9 @@ class Branch(nn.Module):
         """
         around = documents.around(before)
         window, inner, outputs = (None, None, None) if state is None else state
-        start, end = documents.shard.begin - before, u.shape[1]
+        start, end, taps = documents.shard.begin - before, u.shape[1], self.sampling.readout_taps
         if start > 0:
-            window, outputs = self._carry(u, outlines, documents.shard.whole, start, window), None
+            window = self._carry(u, outlines, documents.shard.whole, start, window)
         n_tail = self.slots(around.part(max(0, end - self.lead), end))
         slots = self.slots(around) + n_tail
         x, clock, window = compress(
@@ -115,7 +115,9 @@ class Branch(nn.Module):
             elements = Documents(clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail))
             y_tail, state = self.inner(x.gather(1, _columns(tail, x)), elements, state)
             y = y.scatter(1, _columns(tail, y_tail), y_tail.to(y.dtype))
-            z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, outputs)
+            # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
+            earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs
+            z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, earlier)
             return z[:, before:], BranchState(window, state, tail_out)
 
         return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
