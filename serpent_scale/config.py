@@ -206,6 +206,11 @@ class TrainingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    sequence: int = setting(1, "ranks that share each sequence, a contiguous shard each; it divides the number of ranks", ge=1)
+
+
+@dataclass
 class CheckpointConfig:
     every: int = setting(1000, "steps between checkpoints; one is always written at the end", ge=1)
     keep_last: int = setting(3, "checkpoints kept; at least 2, so that one is always whole", ge=2)
@@ -235,6 +240,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -263,19 +269,33 @@ class Config:
     def run_folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
 
+    @property
+    def shard_len(self) -> int:
+        """Tokens of a sequence that a rank holds, at most."""
+        return -(-self.data.seq_len // self.parallel.sequence)
+
+    def replicas(self, world_size: int) -> int:
+        """Groups of ranks that work on sequences of their own. Raises UserError when the ranks do not divide."""
+        if world_size % self.parallel.sequence:
+            raise UserError(
+                f"parallel.sequence={self.parallel.sequence} does not divide the {world_size} ranks; change one of them"
+            )
+        return world_size // self.parallel.sequence
+
     def grad_accumulation(self, world_size: int, step: int | None = None) -> int:
         """Forward passes of a step on each rank; without `step`, of those after `training.stages`. Raises UserError when the
         batch of any stage does not divide."""
-        samples, micro_batch = self.samples, self.training.micro_batch
+        samples, micro_batch, replicas = self.samples, self.training.micro_batch, self.replicas(world_size)
+        groups = "ranks" if self.parallel.sequence == 1 else f"groups of {self.parallel.sequence} ranks"
         for number, stage in enumerate(samples.stages):
-            per_pass = micro_batch * stage.parts * world_size
+            per_pass = micro_batch * stage.parts * replicas
             shorter = f" x {stage.parts}, as sequences are shorter," if stage.parts > 1 else ""
             if stage.global_batch % per_pass:
                 name = "training" if stage is samples.stages[-1] else f"training.stages[{number}]"
                 raise UserError(f"{name}.global_batch={stage.global_batch} is not a multiple of training.micro_batch="
-                                f"{micro_batch}{shorter} x {world_size} ranks = {per_pass}; change one of them")  # fmt: skip
+                                f"{micro_batch}{shorter} x {replicas} {groups} = {per_pass}; change one of them")  # fmt: skip
         stage = samples.stages[-1] if step is None else samples.stage(step)
-        return stage.global_batch // (micro_batch * stage.parts * world_size)
+        return stage.global_batch // (micro_batch * stage.parts * replicas)
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal `Config`."""
@@ -474,6 +494,7 @@ def _check_combinations(config: Config) -> None:
     _check_heads(model, "attention", "queries_per_key")
     _check_sources(config.data.sources)
     _check_stages(config)
+    _check_shards(config)
     if training.max_steps is None and training.max_tokens is None and not any(s.tokens for s in config.data.sources):
         raise UserError("training.max_steps or training.max_tokens must be set; a run needs a budget")
     if schedule.kind == "wsd" and not schedule.decay_steps:
@@ -517,6 +538,28 @@ def _check_stages(config: Config) -> None:
         if batch % rows:
             raise UserError(f"{path}.global_batch={batch} is not a multiple of training.micro_batch x data.seq_len / seq_len = "
                             f"{rows}")  # fmt: skip
+
+
+def _check_shards(config: Config) -> None:
+    """Each shard of a sequence has at least the tokens that the one after it looks back on."""
+    model, parts = config.model, config.parallel.sequence
+    if parts == 1:
+        return
+    length = min(stage.seq_len for stage in config.samples.stages)
+    halos, used = {}, set(model.pattern)
+    if "serpent" in used:
+        used.add(model.serpent.inner)
+        slowest = min((rate for rate in model.serpent.rates if rate != 1), default=1)
+        halos["SeRpEnt's window"] = math.ceil(model.serpent.horizon * model.serpent.spread / slowest)
+    for name in used & set(MIXERS):
+        halos[f"{name}'s convolution"] = getattr(getattr(model, name), "d_conv", 1) - 1
+    what, need = max(halos.items(), key=lambda item: item[1])
+    if length // parts < max(1, need):
+        raise UserError(
+            f"parallel.sequence={parts} cuts data.seq_len={length} into shards of {length // parts} tokens, and {what} reaches "
+            f"{need} tokens back; set parallel.sequence <= {max(1, length // max(1, need))} or data.seq_len >= "
+            f"{parts * max(1, need)}"
+        )
 
 
 def _check_heads(model: ModelConfig, name: str, per_head: str) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from . import reference
 
-__all__ = ["mamba_inner"]
+__all__ = ["mamba_inner", "mamba_inner_phases"]
 
 
 def mamba_inner(
@@ -12,10 +12,19 @@ def mamba_inner(
     halo=None, initial_state=None,
 ):
     """See `reference.mamba_inner`: y (B, L, D), the halo out (B, W-1, D) and the final state (B, D, N)."""
-    if xz.is_cuda and xz.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        from .triton import mamba_inner as chosen
-    else:
-        chosen = reference.mamba_inner
-    return chosen(
+    return _form(xz).mamba_inner(
         xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
     )
+
+
+def mamba_inner_phases(xz, *arguments, **named):
+    """See `reference.mamba_inner_phases`."""
+    return _form(xz).mamba_inner_phases(xz, *arguments, **named)
+
+
+def _form(xz):
+    if xz.is_cuda and xz.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from . import triton
+
+        return triton
+    return reference

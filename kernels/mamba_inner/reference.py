@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..causal_conv1d import causal_conv1d
-from ..selective_scan import selective_scan
+from ..phases import Phases
+from ..selective_scan import scan_state, scan_state_gradient, selective_scan
 
 
 def mamba_inner(
@@ -22,10 +23,36 @@ def mamba_inner(
     halo (B, W-1, D) and initial_state (B, D, N): what an earlier piece of the row left. Both products are in xz's dtype.
     Returns y (B, L, D) in xz's dtype, the halo out and the final state. Differentiable in every float input.
     """
+    u, dt, B, C, z, halo = _project(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
+    y, state = selective_scan(u, dt, -torch.exp(A_log), B, C, D, z, dt_bias, reset, live, initial_state)
+    return y, halo, state
+
+
+def mamba_inner_phases(
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, since_reset: Tensor | None = None, n_live: Tensor | None = None, reset: Tensor | None = None,
+    live: Tensor | None = None, halo: Tensor | None = None,
+) -> Phases:
+    """`mamba_inner` of a shard whose initial state is not known yet; `run` returns the halo out besides. The span is the sum of
+    steps (B, D)."""
+    u, dt, B, C, z, halo = _project(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
+    A = -torch.exp(A_log)
+    return Phases(
+        *scan_state(u, dt, A, B, dt_bias, reset, live), decay(A.detach()),
+        lambda initial: (*selective_scan(u, dt, A, B, C, D, z, dt_bias, reset, live, initial), halo),
+        (dt, A, C, z, dt_bias, reset, live), lambda saved, *grads: scan_state_gradient(*grads, *saved),
+    )
+
+
+def decay(A: Tensor):
+    """From sums of steps (..., D) to what they leave of a state (..., D, N)."""
+    return lambda span: torch.exp(span[..., None] * A)
+
+
+def _project(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo):
+    """u, dt, B, C, z and the halo out."""
     rank, d_state = dt_proj.shape[1], A_log.shape[1]
     x, z = xz.chunk(2, -1)
     u, halo = causal_conv1d(x, conv_weight, conv_bias, since_reset, halo, n_live)
     dt, B, C = F.linear(u, x_proj.to(u.dtype)).split([rank, d_state, d_state], -1)
-    dt = F.linear(dt, dt_proj.to(dt.dtype))
-    y, state = selective_scan(u, dt, -torch.exp(A_log), B, C, D, z, dt_bias, reset, live, initial_state)
-    return y, halo, state
+    return u, F.linear(dt, dt_proj.to(dt.dtype)), B, C, z, halo

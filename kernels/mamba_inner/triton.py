@@ -6,11 +6,15 @@ before them read them.
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..causal_conv1d import triton as conv
+from ..phases import Phases
 from ..selective_scan import triton as scan
+from .reference import decay
 
 
 def mamba_inner(
@@ -24,20 +28,90 @@ def mamba_inner(
     )
 
 
+def mamba_inner_phases(
+    xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
+    D: Tensor, since_reset: Tensor | None = None, n_live: Tensor | None = None, reset: Tensor | None = None,
+    live: Tensor | None = None, halo: Tensor | None = None,
+) -> Phases:
+    """As `reference.mamba_inner_phases`. What the phases find is not found again: not what leads to the scan, nor what its
+    segments do to states and to their gradients."""
+    shared = _Shared()
+    with torch.no_grad(), torch.autocast(xz.device.type, enabled=False):
+        ready = _ready(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
+        B = _parts(ready.projected, ready.dt_proj, ready.A)[1]
+        passed = scan.segment_states(ready.u, ready.steps, ready.A, B, dt_bias, reset, live)
+        state, span = passed.joined(ready.A)
+        shared.ready = ready._replace(passed=passed)
+
+    def run(initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, halo_out, final = _MambaInner.apply(
+            xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial, shared
+        )
+        return y, final, halo_out
+
+    saved = xz, ready.projected, ready.dt_proj, dt_bias, ready.A, reset, live
+    return Phases(state, span, decay(ready.A), run, saved, shared.gradient)
+
+
+class _Ready(NamedTuple):
+    """What leads to the scan: the products' weights in the products' dtype, A, and what they make of xz."""
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: Tensor
+    u: Tensor
+    halo_out: Tensor
+    projected: Tensor
+    steps: Tensor
+    passed: scan.Segments | None = None
+
+
+def _ready(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo) -> _Ready:
+    x_proj, dt_proj, A = x_proj.to(xz.dtype), dt_proj.to(xz.dtype), torch.exp(A_log).neg_()
+    u, halo_out = conv.forward(xz.chunk(2, -1)[0], conv_weight, conv_bias, since_reset, halo, n_live)
+    projected = torch.mm(_flat(u), x_proj.t()).view(*u.shape[:2], -1)
+    return _Ready(x_proj, dt_proj, A, u, halo_out, projected, _steps(_parts(projected, dt_proj, A)[0], dt_proj))
+
+
+class _Shared:
+    """What one phase of a scan leaves for a later one, which takes it away."""
+
+    ready: _Ready | None = None
+    asked: tuple[Tensor, scan.Segments] | None = None
+
+    def take(self, name: str):
+        value = getattr(self, name)
+        setattr(self, name, None)
+        return value
+
+    def gradient(self, saved: tuple, grad_y: Tensor, grad_final: Tensor | None) -> Tensor:
+        """See `Phases`."""
+        xz, projected, dt_proj, dt_bias, A, reset, live = saved
+        dt, _, C = _parts(projected, dt_proj, A)
+        with torch.autocast(xz.device.type, enabled=False):
+            steps = _steps(dt, dt_proj)
+            asked = scan.segment_gradients(grad_y, steps, A, C, xz.chunk(2, -1)[1], dt_bias, reset, live)
+        self.asked = steps, asked
+        return scan.join_gradients(asked, A, grad_final)
+
+
 class _MambaInner(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
+        ctx, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state,
+        shared=None,
     ):
         ctx.set_materialize_grads(False)
-        ctx.dtypes, ctx.has_state = (x_proj.dtype, dt_proj.dtype), initial_state is not None
-        x, z = xz.chunk(2, -1)
+        ctx.dtypes, ctx.has_state, ctx.shared = (x_proj.dtype, dt_proj.dtype), initial_state is not None, shared
+        z = xz.chunk(2, -1)[1]
         with torch.autocast(xz.device.type, enabled=False):
-            x_proj, dt_proj, A = x_proj.to(xz.dtype), dt_proj.to(xz.dtype), torch.exp(A_log).neg_()
-            u, halo_out = conv.forward(x, conv_weight, conv_bias, since_reset, halo, n_live)
-            projected = torch.mm(_flat(u), x_proj.t()).view(*u.shape[:2], -1)
-            dt, B, C = _parts(projected, dt_proj, A)
-            y, state, kept = scan.forward(u, _steps(dt, dt_proj), A, B, C, D, z, dt_bias, reset, live, initial_state)
+            if shared is None:
+                ready = _ready(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
+            else:
+                ready = shared.take("ready")
+            x_proj, dt_proj, A, u, halo_out, projected, steps, passed = ready
+            _, B, C = _parts(projected, dt_proj, A)
+            y, state, kept = scan.forward(u, steps, A, B, C, D, z, dt_bias, reset, live, initial_state, passed)
         ctx.save_for_backward(
             xz, projected, y, kept, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, since_reset, n_live, reset, live, halo
         )
@@ -54,11 +128,13 @@ class _MambaInner(torch.autograd.Function):
         grad_xz, grad_projected = torch.empty_like(xz), torch.empty_like(projected)
         grad_x, grad_z = grad_xz.chunk(2, -1)
         grad_dt, grad_B, grad_C = _parts(grad_projected, dt_proj, A)
+        asked = None if ctx.shared is None else ctx.shared.take("asked")
         with torch.autocast(xz.device.type, enabled=False):
             u, _ = conv.forward(x, conv_weight, conv_bias, since_reset, halo, n_live)
+            steps, segments = (_steps(dt, dt_proj), None) if asked is None else asked
             g = scan.backward(
-                grad_y, grad_state, u, _steps(dt, dt_proj), A, B, C, D, z, dt_bias, reset, live, kept, y,
-                grad_z=grad_z, grad_B=grad_B, grad_C=grad_C,
+                grad_y, grad_state, u, steps, A, B, C, D, z, dt_bias, reset, live, kept, y,
+                grad_z=grad_z, grad_B=grad_B, grad_C=grad_C, asked=segments,
             )
             grad_u, grad_steps = _flat(g["x"]), _flat(g["dt"])
             torch.mm(grad_steps, dt_proj, out=_flat(grad_dt))
@@ -71,6 +147,7 @@ class _MambaInner(torch.autograd.Function):
         return (
             grad_xz, grad_conv_weight, grad_conv_bias, grad_x_proj, grad_dt_proj, g["dt_bias"], g["A"].mul_(A), g["D"],
             None, None, None, None, grad_halo, g["initial_state"] if ctx.has_state else None,
+            None,
         )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 import torch
 
 from . import reference
-from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, banded_clock
+from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, apply_map, banded_clock
 
-__all__ = ["TICK_BITS", "TICKS", "Carry", "Clock", "Sampling", "banded_clock", "compress", "decompress"]
+__all__ = ["TICK_BITS", "TICKS", "Carry", "Clock", "Sampling", "apply_map", "banded_clock", "clock_maps", "compress", "decompress"]
 
 
 def _implementation(x: torch.Tensor):
@@ -26,4 +26,10 @@ def decompress(y, basis, clock, sampling, tail=None):
         return _implementation(y).decompress(y, basis, clock, sampling, tail)
 
 
+def clock_maps(u, weight, bias, reset, sampling, ends):
+    with torch.autocast(u.device.type, enabled=False):
+        return _implementation(u).clock_maps(u, weight, bias, reset, sampling, ends)
+
+
+clock_maps.__doc__ = reference.clock_maps.__doc__
 compress.__doc__, decompress.__doc__ = reference.compress.__doc__, reference.decompress.__doc__

@@ -141,6 +141,33 @@ def banded_clock(drift: Tensor, band: int, reset: Tensor, dev: Tensor) -> tuple[
     A map x -> clip(x + a, lo, hi) composes with (b, lo', hi') to (a + b, clip(lo + b, lo', hi'), clip(hi + b, lo', hi')).
     A reset makes the map constant: lo = hi.
     """
+    a, lo, hi = _prefix_maps(drift, band, reset)
+    out = apply_map(dev[:, None], a, lo, hi)
+    before = torch.cat([dev[:, None], out[:, :-1]], 1).masked_fill(reset, 0)
+    return out, before + drift == out
+
+
+def apply_map(dev: Tensor, a: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(dev + a, lo), hi)
+
+
+@torch.no_grad()
+def clock_maps(
+    u: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, ends: list[int]
+) -> Tensor:
+    """What the clock does to dev over the first `end` tokens of u, for each of ends: maps (a, lo, hi), (len(ends), 3, B) int64.
+
+    u (B, L, d); ends in [0, L]; the rest as in `compress`.
+    """
+    interval = intervals(u.to(torch.promote_types(u.dtype, torch.float32)), weight, bias, sampling)
+    drift = torch.round(interval * TICKS).long() - sampling.rate
+    maps = torch.stack(_prefix_maps(drift, sampling.band, reset))  # (3, B, L)
+    nothing = torch.stack([maps.new_full((len(u),), value) for value in (0, -sampling.band, sampling.band)])
+    return torch.stack([maps[..., end - 1] if end else nothing for end in ends])
+
+
+def _prefix_maps(drift: Tensor, band: int, reset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, lo, hi), each (B, L): what all tokens up to each do together, see `banded_clock`."""
     start = drift.clamp(-band, band)
     a = drift
     lo = torch.where(reset, start, torch.full_like(drift, -band))
@@ -154,9 +181,7 @@ def banded_clock(drift: Tensor, band: int, reset: Tensor, dev: Tensor) -> tuple[
             torch.cat([hi[:, :span], torch.minimum(torch.maximum(hi[:, :-span] + b, lo2), hi2)], 1),
         )
         span *= 2
-    out = torch.minimum(torch.maximum(dev[:, None] + a, lo), hi)
-    before = torch.cat([dev[:, None], out[:, :-1]], 1).masked_fill(reset, 0)
-    return out, before + drift == out
+    return a, lo, hi
 
 
 def window_mass(interval: Tensor, clock: Clock, sampling: Sampling, halo_steps: Tensor, bases: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..launch import launch
 
-from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, hand_on
+from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, apply_map, hand_on
 
 TICK = tl.constexpr(TICKS)
 BITS = tl.constexpr(TICK_BITS)
@@ -716,6 +716,37 @@ def run_clock(
     n_live, dev, position = ends.unbind(0)
     clock = Clock(at_slots[EMITTER.value], *flags.unbind(0), since_reset, n_live, newest, reach, count, phase, steps, cut)
     return clock, dev, position, asked, (tokens, floats, at_slots, flags, ends)
+
+
+@torch.no_grad()
+def clock_maps(
+    u: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, ends: list[int]
+) -> Tensor:
+    """As `reference.clock_maps`."""
+    (batch, length, d), learn, found = u.shape, weight is not None, {}
+    u, stride_b, stride_l = _strides(u)
+    asked = torch.empty((batch, length), dtype=torch.int32, device=u.device)
+    if learn and length:
+        launch(
+            _intervals, (_cdiv(length, ROWS), batch),
+            u, weight, bias, asked, torch.empty(batch, length, device=u.device), length, d, stride_b, stride_l, sampling.low,
+            sampling.high - sampling.low, ROWS=ROWS, BLOCK=min(ROW_BLOCK, _power_of_2(d)), num_warps=4,
+        )
+    for end in set(ends):
+        segments, block = _cdiv(end, SEGMENT), min(CLOCK_BLOCK, max(16, _power_of_2(end)))
+        maps = torch.empty(batch, segments, 4, dtype=torch.int64, device=u.device)
+        if segments:
+            launch(
+                _segment_maps, (segments, batch),
+                asked[:, :end].contiguous(), reset[:, :end].contiguous(), maps, end, SEGMENT, sampling.rate, sampling.band,
+                LEARN=learn, BLOCK=block, num_warps=4 if block < 1024 else 8,
+            )
+        a, lo, hi = (maps.new_full((batch,), value) for value in (0, -sampling.band, sampling.band))
+        for then in maps.unbind(1):
+            b, lo2, hi2 = then[:, :3].unbind(1)
+            a, lo, hi = a + b, apply_map(lo, b, lo2, hi2), apply_map(hi, b, lo2, hi2)
+        found[end] = torch.stack([a, lo, hi])
+    return torch.stack([found[end] for end in ends])
 
 
 def compress_forward(

@@ -4,7 +4,7 @@ import torch
 
 from . import chunked
 
-__all__ = ["selective_scan"]
+__all__ = ["scan_state", "scan_state_gradient", "selective_scan"]
 
 
 def selective_scan(x, *arguments, **named):
@@ -14,3 +14,22 @@ def selective_scan(x, *arguments, **named):
 
         return triton.selective_scan(x, *arguments, **named)
     return chunked.selective_scan(x, *arguments, **named)
+
+
+def scan_state(x, *arguments, **named):
+    if x.is_cuda and x.dtype != torch.float64:
+        from . import triton
+
+        return triton.scan_state(x, *arguments, **named)
+    return chunked.scan_state(x, *arguments, **named)
+
+
+def scan_state_gradient(grad_y, *arguments, **named):
+    if grad_y.is_cuda and grad_y.dtype != torch.float64:
+        from . import triton
+
+        return triton.scan_state_gradient(grad_y, *arguments, **named)
+    return chunked.scan_state_gradient(grad_y, *arguments, **named)
+
+
+scan_state.__doc__, scan_state_gradient.__doc__ = chunked.scan_state.__doc__, chunked.scan_state_gradient.__doc__

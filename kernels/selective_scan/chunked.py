@@ -38,6 +38,50 @@ def selective_scan(
     return y.to(x.dtype), final_state
 
 
+@torch.no_grad()
+def scan_state(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor, reset: Tensor | None = None, live: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `selective_scan` leaves of a state of 0 (B, D, N), and the sum of its steps (B, D), infinite where a document begins:
+    it takes a state h to exp(A sum) h + the former."""
+    step, A, keep = _prepare(dt, A, dt_bias, reset, live)
+    x, step, B = (v.to(A.dtype).transpose(0, 1).contiguous() for v in (x, step, B))
+    h = x.new_zeros(*x.shape[1:], A.shape[1])
+    size = _chunk_size(h.numel(), x.device.type)
+    for lo in range(0, len(x), size):
+        h = _walk(x, step, A, B, keep, h, slice(lo, min(lo + size, len(x))))[1][-1].clone()
+    span = step.sum(0)
+    return h, span if reset is None else span.masked_fill(reset.any(1)[:, None], torch.inf)
+
+
+@torch.no_grad()
+def scan_state_gradient(
+    grad_y: Tensor, grad_final: Tensor | None, dt: Tensor, A: Tensor, C: Tensor, z: Tensor, dt_bias: Tensor,
+    reset: Tensor | None = None, live: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the initial state (B, D, N) alone."""
+    step, A, keep = _prepare(dt, A, dt_bias, reset, live)
+    grad = (grad_y.to(A.dtype) * F.silu(z.to(A.dtype))).transpose(0, 1)
+    step, C = step.transpose(0, 1), C.to(A.dtype).transpose(0, 1)
+    carry = grad.new_zeros(*grad.shape[1:], A.shape[1]) if grad_final is None else grad_final.to(A.dtype)
+    for t in reversed(range(len(grad))):
+        decay = torch.exp(step[t][..., None] * A)
+        if keep is not None:
+            decay = decay * keep[t][:, None, None]
+        carry = (carry + grad[t][..., None] * C[t][:, None, :]) * decay
+    return carry
+
+
+def _prepare(dt, A, dt_bias, reset, live):
+    """Steps (B, L, D), A, and 0 where a document begins (L, B), in the dtype of A or better."""
+    compute = torch.promote_types(torch.promote_types(dt.dtype, A.dtype), torch.float32)
+    with torch.autocast(dt.device.type, enabled=False):
+        step = F.softplus(dt.to(compute) + dt_bias)
+    if live is not None:
+        step = step * live[..., None]
+    return step, A.to(compute), None if reset is None else (~reset).to(compute).t().contiguous()
+
+
 class _Scan(torch.autograd.Function):
     """The recurrence alone; keep (B, L) is 0 where the state before a step is dropped, 1 elsewhere, or None."""
 

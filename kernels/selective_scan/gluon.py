@@ -286,10 +286,11 @@ def scan_forward(
 def scan_gradient_state(
     DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
     L, D, S, SEGMENT, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t,
-    N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
+    N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, FIRST: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
     FULL: gl.constexpr,
 ):  # fmt: skip
-    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps."""
+    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps; of segments
+    FIRST and on."""
     BD: gl.constexpr = 16
     state: gl.constexpr = gl.BlockedLayout([2, N // 4], [8, 4], [1, 1], [1, 0])
     by_channel: gl.constexpr = gl.SliceLayout(1, state)
@@ -301,7 +302,7 @@ def scan_gradient_state(
 
     d0 = gl.program_id(0) * BD
     b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2) + 1  # nothing stands before the first segment
+    s = gl.program_id(2) + FIRST
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N

@@ -9,6 +9,7 @@ No sum depends on the order in which programs run: each writes its part, and the
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,8 +51,75 @@ class _SelectiveScan(torch.autograd.Function):
         return g["x"], g["dt"], g["A"], g["B"], g["C"], g["D"], g["z"], g["dt_bias"], None, None, initial
 
 
-def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=None):
-    """(y (B, L, D) in x's dtype, final state (B, D, N), kept states (B, ceil(L / KEEP), D, N)), states in float32."""
+class Segments(NamedTuple):
+    """What each segment does to what comes to it: what it makes of 0 (B, S, D, N), and the sum of its steps (B, S, D)."""
+
+    local: Tensor
+    span: Tensor
+
+    def joined(self, A: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        """What all do together: (B, D, N) and (B, D). In reverse, the first segment is the last to be met."""
+        span = self.span.flip(1) if reverse else self.span
+        local = self.local.flip(1) if reverse else self.local
+        after = torch.zeros_like(span)  # spans of those met after each
+        after[:, :-1] = span[:, 1:].flip(1).cumsum(1).flip(1)
+        return (torch.exp(after[..., None] * A.float()) * local).sum(1), span.sum(1)
+
+
+def scan_state(x, dt, A, B, dt_bias, reset=None, live=None) -> tuple[Tensor, Tensor]:
+    """As `chunked.scan_state`."""
+    return segment_states(x, dt, A, B, dt_bias, reset, live).joined(A)
+
+
+def scan_state_gradient(grad_y, grad_final, dt, A, C, z, dt_bias, reset=None, live=None) -> Tensor:
+    """As `chunked.scan_state_gradient`."""
+    return join_gradients(segment_gradients(grad_y, dt, A, C, z, dt_bias, reset, live), A, grad_final)
+
+
+def join_gradients(segments: Segments, A: Tensor, grad_final: Tensor | None) -> Tensor:
+    grad, span = segments.joined(A, reverse=True)
+    return grad if grad_final is None else grad + torch.exp(span[..., None] * A.float()) * grad_final
+
+
+@torch.no_grad()
+def segment_states(x, dt, A, B, dt_bias, reset=None, live=None) -> Segments:
+    """What every segment that `forward` would walk leaves of a state of 0."""
+    (batch, length, d_inner), d_state = x.shape, A.shape[1]
+    x, dt, B = map(_token_major, (x, dt, B))
+    A, dt_bias = A.float().contiguous(), dt_bias.float().contiguous()
+    kernels = _kernels(x.device, d_state)
+    segments, size = _segments(batch, length, -(-d_inner // kernels.channels), x.device)
+    found = Segments(_states(x, batch, segments, d_inner, d_state), _states(x, batch, segments, d_inner))
+    kernels.forward(  # z, C, D and outputs are not touched
+        (batch, segments), True,
+        (x, dt, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset), _flags(live), x, found.local, found.local,
+         length, d_inner, segments, size, *_strides(x, dt, x, B, B)),
+    )
+    return found
+
+
+@torch.no_grad()
+def segment_gradients(grad_y, dt, A, C, z, dt_bias, reset=None, live=None) -> Segments:
+    """What the outputs of every segment that `backward` would walk ask of the state before it."""
+    (batch, length, d_inner), d_state = grad_y.shape, A.shape[1]
+    grad_y, dt, C, z = map(_token_major, (grad_y, dt, C, z))
+    A, dt_bias = A.float().contiguous(), dt_bias.float().contiguous()
+    kernels = _kernels(grad_y.device, d_state)
+    segments, size = _segments(batch, length, -(-d_inner // kernels.channels), grad_y.device)
+    found = Segments(_states(grad_y, batch, segments, d_inner, d_state), _states(grad_y, batch, segments, d_inner))
+    kernels.gradient_state(
+        (batch, segments), 0,
+        (dt, z, C, grad_y, A, dt_bias, _flags(reset), _flags(live), *found, length, d_inner, segments, size,
+         *_strides(dt, z, C, grad_y)),
+    )
+    return found
+
+
+def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=None, passed: Segments | None = None):
+    """(y (B, L, D) in x's dtype, final state (B, D, N), kept states (B, ceil(L / KEEP), D, N)), states in float32.
+
+    passed: of `segment_states`, if it has been called already.
+    """
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     x, dt, B, C, z = map(_token_major, (x, dt, B, C, z))
@@ -62,8 +130,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=
     segments, size = _segments(batch, length, -(-d_inner // kernels.channels), x.device)
     y = x.new_empty(batch, length, d_inner)
     final, kept = _states(x, batch, d_inner, d_state), _states(x, batch, -(-length // KEEP), d_inner, d_state)
-    local, span = _segment_states(final, segments)
-    for local_pass in ([True, False] if segments > 1 else [False]):
+    local, span = _segment_states(final, segments) if passed is None else passed
+    for local_pass in ([True, False] if segments > 1 and passed is None else [False]):
         kernels.forward(
             (batch, segments - 1 if local_pass else segments), local_pass,
             (x, dt, z, B, C, A, dt_bias, D, initial_state, local, span, reset, live, y, kept, final,
@@ -74,9 +142,12 @@ def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=
 
 def backward(
     grad_y, grad_final, x, dt, A, B, C, D, z, dt_bias, reset, live, kept, y, grad_x=None, grad_dt=None, grad_z=None,
-    grad_B=None, grad_C=None,
+    grad_B=None, grad_C=None, asked: Segments | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients by name, from what `forward` returned. grad_x, ... (B, L, ·): where to write them, views allowed."""
+    """Gradients by name, from what `forward` returned. grad_x, ... (B, L, ·): where to write them, views allowed.
+
+    asked: of `segment_gradients`, if it has been called already.
+    """
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
     x, dt, B, C, z, grad_y = map(_token_major, (x, dt, B, C, z, grad_y))
@@ -97,10 +168,10 @@ def backward(
     part_bc = _states(x, programs, batch, length, 2, d_state)
     part_a, part_vectors = _states(x, batch * segments, d_inner, d_state), _states(x, batch * segments, 2, d_inner)
     grad_initial = _states(x, batch, d_inner, d_state)
-    local, span = _segment_states(grad_initial, segments)
-    if segments > 1:
+    local, span = _segment_states(grad_initial, segments) if asked is None else asked
+    if segments > 1 and asked is None:
         kernels.gradient_state(
-            (batch, segments - 1),
+            (batch, segments - 1), 1,  # nothing stands before the first
             (dt, z, C, grad_y, A, dt_bias, reset, live, local, span, length, d_inner, segments, size, *_strides(dt, z, C, grad_y)),
         )
     kernels.backward(
@@ -189,11 +260,11 @@ class GluonKernels:
             HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
-    def gradient_state(self, grid, arguments) -> None:
+    def gradient_state(self, grid, first: int, arguments) -> None:
         reset, live, d_inner = arguments[6], arguments[7], arguments[11]
         launch(
             self.module.scan_gradient_state, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, U=8, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+            *arguments, N=self.d_state, T=KEEP, U=8, FIRST=first, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
             FULL=d_inner % self.channels == 0, num_warps=1,
         )
 
@@ -223,11 +294,11 @@ class PlainKernels:
             HAS_LIVE=live is not None, num_warps=1,
         )
 
-    def gradient_state(self, grid, arguments) -> None:
+    def gradient_state(self, grid, first: int, arguments) -> None:
         d_inner, reset, live = arguments[11], arguments[6], arguments[7]
         launch(
             _scan_gradient_state, (-(-d_inner // self.channels), *grid),
-            *arguments, **self.constants, HAS_RESET=reset is not None, HAS_LIVE=live is not None, num_warps=1,
+            *arguments, **self.constants, FIRST=first, HAS_RESET=reset is not None, HAS_LIVE=live is not None, num_warps=1,
         )
 
     def backward(self, grid, arguments) -> None:
@@ -321,11 +392,11 @@ def _scan_forward(
 def _scan_gradient_state(
     DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
     L, D, S, SEGMENT, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t,
-    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr, HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """As `gluon.gradient_state_kernel`, one token at a time."""
     d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP)
-    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2) + 1
+    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2) + FIRST
     ok, n_ok = d < D, n < N
     ok2 = ok[:, None] & n_ok[None, :]
     off = d[:, None] * N + n[None, :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..phases import Phases
 from . import reference
 
 
@@ -20,11 +21,29 @@ def ssd(
     Returns y (B, L, H, P) in x's dtype and the final state (B, H, P, N) in the compute dtype. Differentiable in every float
     input.
     """
+    return _form(x).ssd(x, dt, A, B, C, D, dt_bias, reset, live, initial_state)
+
+
+def ssd_phases(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, reset: Tensor | None = None,
+    live: Tensor | None = None,
+) -> Phases:
+    """`ssd` of a shard whose initial state is not known yet. The span is the sum of steps (B, H)."""
+    form, rates = _form(x), A.detach()
+    return Phases(
+        *form.ssd_state(x, dt, A, B, dt_bias, reset, live),
+        lambda span: torch.exp(span * rates)[..., None, None],
+        lambda initial: ssd(x, dt, A, B, C, D, dt_bias, reset, live, initial),
+        (dt, A, C, dt_bias, reset, live), lambda saved, *grads: form.ssd_state_gradient(*grads, *saved),
+    )
+
+
+def _form(x: Tensor):
     if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        from . import triton as form
-    else:
-        form = reference
-    return form.ssd(x, dt, A, B, C, D, dt_bias, reset, live, initial_state)
+        from . import triton
+
+        return triton
+    return reference
 
 
-__all__ = ["ssd"]
+__all__ = ["ssd", "ssd_phases"]

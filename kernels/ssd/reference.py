@@ -80,3 +80,52 @@ def _chunks(v: Tensor, size: int) -> Tensor:
 def _heads(v: Tensor, heads: int) -> Tensor:
     """(B, K, G, ...) -> (B, K, H, ...)."""
     return v.repeat_interleave(heads // v.shape[2], 2)
+
+
+@torch.no_grad()
+def ssd_state(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor, reset: Tensor | None = None, live: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """What `ssd` leaves of a state of 0 (B, H, P, N), and the sum of its steps (B, H), infinite where a document begins."""
+    step, ends, document = _decays(dt, A, dt_bias, reset, live, chunk)
+    last, from_start = ends[..., -1:], document == 0
+    to_end = (last - ends).exp() * (document == document[..., -1:])[:, :, None]
+    u, B = (_chunks(v.to(step.dtype), chunk) for v in (x, B))
+    u = (step[..., None] * u).transpose(2, 3) * to_end[..., None]
+    local = u.transpose(-1, -2) @ _heads(B.transpose(2, 3), x.shape[2])
+    through = last.exp()[..., None] * from_start[:, :, None, -1:, None]
+    h = torch.zeros_like(local[:, 0])
+    for k in range(local.shape[1]):
+        h = through[:, k] * h + local[:, k]
+    span = step.sum((1, 2))
+    return h, span if reset is None else span.masked_fill(reset.any(1)[:, None], torch.inf)
+
+
+@torch.no_grad()
+def ssd_state_gradient(
+    grad_y: Tensor, grad_final: Tensor | None, dt: Tensor, A: Tensor, C: Tensor, dt_bias: Tensor, reset: Tensor | None = None,
+    live: Tensor | None = None, chunk: int = CHUNK,
+) -> Tensor:
+    """The gradient of the initial state (B, H, P, N) alone."""
+    step, ends, document = _decays(dt, A, dt_bias, reset, live, chunk)
+    from_start = (document == 0)[:, :, None]
+    grad, C = (_chunks(v.to(step.dtype), chunk).transpose(2, 3) for v in (grad_y, C))
+    local = (grad * (ends.exp() * from_start)[..., None]).transpose(-1, -2) @ _heads(C, grad.shape[2])
+    through = ends[..., -1:].exp()[..., None] * from_start[..., -1:, None]
+    g = torch.zeros_like(local[:, 0]) if grad_final is None else grad_final.to(step.dtype)
+    for k in reversed(range(local.shape[1])):
+        g = through[:, k] * g + local[:, k]
+    return g
+
+
+def _decays(dt, A, dt_bias, reset, live, chunk):
+    """In chunks: steps (B, K, T, H), log of the decay from the chunk's start (B, K, H, T), documents since then (B, K, T)."""
+    compute = torch.promote_types(torch.promote_types(dt.dtype, A.dtype), torch.float32)
+    with torch.autocast(dt.device.type, enabled=False):
+        step = F.softplus(dt.to(compute) + dt_bias)
+    if live is not None:
+        step = step * live[..., None]
+    step = _chunks(step, chunk)
+    document = step.new_zeros(step.shape[:3]) if reset is None else _chunks(reset, chunk).cumsum(2)
+    return step, (step * A).cumsum(2).permute(0, 1, 3, 2), document

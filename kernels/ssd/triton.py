@@ -43,6 +43,24 @@ class _SSD(torch.autograd.Function):
         return *grads, None, None, None if initial_state is None else grad_initial.to(initial_state.dtype)
 
 
+@torch.no_grad()
+def ssd_state(x, dt, A, B, dt_bias, reset=None, live=None) -> tuple[Tensor, Tensor]:
+    """As `reference.ssd_state`."""
+    B = B.to(x.dtype)
+    call = _Call(x, dt, A.contiguous(), B, B, dt_bias.contiguous(), reset, live, forward_blocks(x.dtype, x.shape[3] * B.shape[3]))
+    span = call.step.sum((1, 3))
+    return call.walk(x, B, None, reverse=False)[1], span if reset is None else span.masked_fill(reset.any(1)[:, None], torch.inf)
+
+
+@torch.no_grad()
+def ssd_state_gradient(grad_y, grad_final, dt, A, C, dt_bias, reset=None, live=None) -> Tensor:
+    """As `reference.ssd_state_gradient`."""
+    grad_y = grad_y if grad_y.stride(-1) == 1 else grad_y.contiguous()
+    C = C.to(grad_y.dtype)
+    call = _Call(grad_y, dt, A.contiguous(), C, C, dt_bias.contiguous(), reset, live, backward_blocks(grad_y.dtype))
+    return call.walk(grad_y, C, grad_final, reverse=True)[1]
+
+
 class Blocks(NamedTuple):
     """Steps of a chunk, heads of one program, and (num_warps, num_stages) of the kernels."""
 

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from serpent_scale.config import Config, ModelConfig
 from serpent_scale.model import mixers
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab
+from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab, recomputed_together
 
 GIB = 2**30
 
@@ -62,12 +62,15 @@ def memory_per_rank(config: Config, world_size: int, device: str) -> dict[str, f
 
 
 def _activation_bytes(config: Config, device: str) -> float:
-    model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
+    model, rows, length = config.model, config.training.micro_batch, config.shard_len
     names, on_cpu = layer_names(model), device == "cpu"
     kept = {name: (_saved_bytes if on_cpu else _kernels_bytes)(name, config) for name in set(names)}
     stream = 4 * rows * length * model.d_model
     if config.training.activation_checkpointing:
-        total = stream * len(names) + max(kept.values())
+        size = recomputed_together(len(names))
+        group = max(sum(kept[name] for name in names[i : i + size]) for i in range(0, len(names), size))
+        given = stream * (1.5 if config.training.precision == "bf16" else 2)  # h and y
+        total = given * -(-len(names) // size) + group
     else:
         total = sum(kept[name] for name in names)
     if not on_cpu and config.training.precision == "bf16":  # autocast's copies of the weights
@@ -78,7 +81,7 @@ def _activation_bytes(config: Config, device: str) -> float:
 
 def _kernels_bytes(name: str, config: Config) -> float:
     """Bytes one block keeps for its backward pass on a GPU."""
-    model, rows, length = config.model, config.training.micro_batch, config.data.seq_len
+    model, rows, length = config.model, config.training.micro_batch, config.shard_len
     d, itemsize = model.d_model, 2 if config.training.precision == "bf16" else 4
     mixer = mixers.kept_bytes(name, model, itemsize, length)
     return rows * length * ((4 + itemsize) * d + mixer)  # the residual stream, and what the norm makes of it
@@ -86,7 +89,7 @@ def _kernels_bytes(name: str, config: Config) -> float:
 
 def _saved_bytes(name: str, config: Config) -> float:
     """Bytes one block keeps for its backward pass on a CPU, counted on at most 512 tokens a row and scaled up."""
-    rows, length = config.training.micro_batch, min(config.data.seq_len, 512)
+    rows, length = config.training.micro_batch, min(config.shard_len, 512)
     seen: dict[int, torch.Tensor] = {}
 
     def keep(tensor):
@@ -101,4 +104,4 @@ def _saved_bytes(name: str, config: Config) -> float:
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")
         with autocast, saved_tensors_hooks(keep, lambda t: t):
             block(h, None, documents)
-    return sum(t.untyped_storage().nbytes() for t in seen.values()) * config.data.seq_len / length
+    return sum(t.untyped_storage().nbytes() for t in seen.values()) * config.shard_len / length

@@ -1,6 +1,7 @@
 """Where documents begin in a batch of packed sequences."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,7 @@ class Documents:
     since_reset (B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch.
     n_live (B,) int64: slots in use per row, None if all are. These two follow from the others, for whom does not know them yet.
     pieces: at most so many pieces of documents in a row, on the host; None: not known there, `lengths` not being given.
+    shard: what is to be known where the rows are pieces of longer ones whose other pieces are elsewhere, None if they are not.
     """
 
     reset: Tensor
@@ -29,6 +31,7 @@ class Documents:
     since_reset: Tensor | None = None
     n_live: Tensor | None = None
     pieces: int | None = None
+    shard: Shard | None = None
 
     def __post_init__(self):
         if self.pieces is None and self.lengths:
@@ -52,12 +55,49 @@ class Documents:
         """`pieces`; the device is asked where they are not known."""
         return 1 + int(self.reset[:, 1:].sum(1).max()) if self.pieces is None else self.pieces
 
+    def part(self, begin: int, end: int, shard: Shard | None = None) -> Documents:
+        """Those of tokens begin .. end - 1 of each row, of which all slots are in use."""
+        columns = slice(begin, end)
+        lengths = tuple(_cut(row, begin, end) for row in self.lengths)
+        return Documents(self.reset[:, columns], lengths, since_reset=self.since_reset[:, columns], shard=shard)
+
+    def around(self, before: int) -> Documents:
+        """Those of a shard's tokens and of the `before` tokens that precede them, which another shard holds."""
+        begin, length = self.shard.begin, self.reset.shape[1]
+        return self.shard.whole.part(begin - before, begin + length)
+
     def capacity(self, rate: int, band: int, ticks: int) -> int:
         """Slots enough for the elements any row can emit with a clock of `rate` ticks a token that keeps within `band` ticks.
 
         Any W consecutive tokens of one document emit at most floor((rate W + 2 band) / ticks) + 1 elements.
         """
         return _capacity(self.lengths, rate, band, ticks)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where a piece of longer rows comes from, for a model that works on it together with whoever holds the rest.
+
+    whole: the documents of the rows; begin: the rows' token that is the piece's first.
+    mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.begin_all`.
+    emitted(n (B,) int64): told how many elements each branch of a SeRpEnt layer emitted at this piece's tokens.
+    """
+
+    whole: Documents
+    begin: int
+    mix: Callable
+    emitted: Callable[[Tensor], None]
+
+
+def _cut(lengths: tuple[int, ...], begin: int, end: int) -> tuple[int, ...]:
+    """The lengths of what tokens begin .. end - 1 hold of pieces of these lengths."""
+    found, at = [], 0
+    for length in lengths:
+        held = min(at + length, end) - max(at, begin)
+        if held > 0:
+            found.append(held)
+        at += length
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)

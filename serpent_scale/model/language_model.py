@@ -23,6 +23,12 @@ def padded_vocab(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
+def recomputed_together(n_layers: int) -> int:
+    """Blocks that activation checkpointing recomputes at once: of all sizes the one that keeps least (Chen et al., arXiv
+    1604.06174), given that a block keeps about four times its input for its own backward pass."""
+    return max(1, round((n_layers / 4) ** 0.5))
+
+
 class RMSNorm(nn.Module):
     """Adds y to the residual stream h (float32 or better) and normalises the sum, in the autocast dtype where that is on.
 
@@ -52,7 +58,10 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, y: Tensor | None, documents: Documents, state=None):
         x, h = self.norm(h, y)
-        y, state = self.mixer(x, documents, state)
+        if documents.shard is None:
+            y, state = self.mixer(x, documents, state)
+        else:
+            y, state = documents.shard.mix(self.mixer, x, documents, state)
         return h, y, state
 
 
@@ -112,13 +121,23 @@ class LanguageModel(nn.Module):
             documents = Documents.whole(*tokens.shape, device=tokens.device)
         h = self.embedding(tokens).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
         y, after = None, []
-        for i, block in enumerate(self.blocks):
-            state = None if states is None else states[i]
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                h, y, state = checkpoint(block, h, y, documents, state, use_reentrant=False)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        size = recomputed_together(len(self.blocks)) if recompute else len(self.blocks)
+        for first in range(0, len(self.blocks), size):
+            group = range(first, min(first + size, len(self.blocks)))
+            given = [None if states is None else states[i] for i in group]
+            if recompute:
+                h, y, ended = checkpoint(self._run, group, h, y, documents, given, use_reentrant=False)
             else:
-                h, y, state = block(h, y, documents, state)
-            after.append(state)
+                h, y, ended = self._run(group, h, y, documents, given)
+            after += ended
         if last_only:
             h, y = h[:, -1:], y[:, -1:]
         return self.readout(h, y, labels, per_token), after
+
+    def _run(self, blocks: range, h: Tensor, y: Tensor | None, documents: Documents, states: list) -> tuple:
+        after = []
+        for i, state in zip(blocks, states):
+            h, y, state = self.blocks[i](h, y, documents, state)
+            after.append(state)
+        return h, y, after

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
-from serpent_scale.kernels.mamba_inner import mamba_inner
+from serpent_scale.kernels.linear_later import linear_later
+from serpent_scale.kernels.mamba_inner import mamba_inner, mamba_inner_phases
 from serpent_scale.kernels.selective_state_update import selective_state_update
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.mixer import Begun, Mixer, halo
 
 TOKENS_A_STATE = 32  # the GPU's scan keeps one state for the backward pass every so many tokens
 
@@ -63,12 +64,27 @@ class Mamba(Mixer):
     def forward(self, x: Tensor, documents: Documents, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             return self._decode(x, documents, state)
-        halo, ssm = (None, None) if state is None else state
-        y, halo, ssm = mamba_inner(
-            self.in_proj(x), self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias, self.A_log,
-            self.D, documents.since_reset, documents.n_live, documents.reset, documents.live, halo, ssm,
+        conv, ssm = (None, None) if state is None else state
+        y, conv, ssm = mamba_inner(self.in_proj(x), *self._inner(documents), conv, ssm)
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def _inner(self, documents: Documents) -> tuple:
+        """Arguments of `mamba_inner` from conv_weight to live."""
+        return (
+            self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias, self.A_log, self.D,
+            documents.since_reset, documents.n_live, documents.reset, documents.live,
         )
-        return self.out_proj(y), MambaState(halo, ssm)
+
+    @property
+    def reach(self) -> int:
+        return self.conv_weight.shape[1] - 1
+
+    def begin(self, x: Tensor, before: Tensor, documents: Documents, state: MambaState | None = None) -> Begun:
+        conv, ssm = (None, None) if state is None else state
+        conv = halo(conv, self.in_proj(before)[..., : self.d_inner], self.reach)
+        xz, gate = linear_later(x, self.in_proj.weight, slice(0, self.d_inner))
+        phases = mamba_inner_phases(xz, *self._inner(documents), conv)
+        return Begun(phases, ssm, lambda y, after, conv: (self.out_proj(y), MambaState(conv, after)), gate)
 
     def _decode(self, x: Tensor, documents: Documents, state: MambaState) -> tuple[Tensor, MambaState]:
         """One token a row, without gradients."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from serpent_scale.config import Mamba2Config
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
+from serpent_scale.kernels.linear_later import linear_later
 from serpent_scale.kernels.rms_norm import rms_norm
-from serpent_scale.kernels.ssd import ssd
+from serpent_scale.kernels.ssd import ssd, ssd_phases
 from serpent_scale.kernels.ssd.reference import CHUNK
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.mixer import Begun, Mixer, halo
 
 LARGEST_A = 16.0  # initial decay rates are uniform in [1, 16]
 
@@ -58,18 +59,34 @@ class Mamba2(Mixer):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
     def forward(self, x: Tensor, documents: Documents, state: Mamba2State | None = None) -> tuple[Tensor, Mamba2State]:
-        halo, before = (None, None) if state is None else state
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, len(self.conv_bias), self.n_heads], -1)
-        xBC, halo = causal_conv1d(xBC, self.conv_weight, self.conv_bias, documents.since_reset, halo, documents.n_live)
+        conv, before = (None, None) if state is None else state
+        z, scanned, conv = self._project(self.in_proj(x), documents, conv)
+        one_token = state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
+        y, after = (_step if one_token else ssd)(*scanned, documents.reset, documents.live, before)
+        return self._finish(y, z), Mamba2State(conv, after)
+
+    def _project(self, projected: Tensor, documents: Documents, conv: Tensor | None) -> tuple[Tensor, tuple, Tensor]:
+        """z, the arguments of `ssd` from x to dt_bias, and the convolution's halo out."""
+        z, xBC, dt = projected.split([self.d_inner, len(self.conv_bias), self.n_heads], -1)
+        xBC, conv = causal_conv1d(xBC, self.conv_weight, self.conv_bias, documents.since_reset, conv, documents.n_live)
         u, B, C = xBC.split([self.d_inner, self.d_bc, self.d_bc], -1)
         u, B, C = u.unflatten(-1, (self.n_heads, -1)), B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1))
-        one_token = state is not None and x.shape[1] == 1 and not torch.is_grad_enabled()
-        scan = _step if one_token else ssd
-        y, after = scan(
-            u, dt, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, documents.reset, documents.live, before
-        )
-        y = self._norm(y.flatten(-2) * F.silu(z))
-        return self.out_proj(y), Mamba2State(halo, after)
+        return z, (u, dt, -torch.exp(self.A_log), B, C, self.D, self.dt_bias), conv
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(self._norm(y.flatten(-2) * F.silu(z)))
+
+    @property
+    def reach(self) -> int:
+        return self.conv_weight.shape[1] - 1
+
+    def begin(self, x: Tensor, before: Tensor, documents: Documents, state: Mamba2State | None = None) -> Begun:
+        conv, ssm = (None, None) if state is None else state
+        conv = halo(conv, self.in_proj(before)[..., self.d_inner : self.d_inner + len(self.conv_bias)], self.reach)
+        projected, gate = linear_later(x, self.in_proj.weight, slice(self.d_inner, None))
+        z, scanned, conv = self._project(projected, documents, conv)
+        phases = ssd_phases(*scanned, documents.reset, documents.live)
+        return Begun(phases, ssm, lambda y, after: (self._finish(y, z), Mamba2State(conv, after)), gate)
 
     def _norm(self, y: Tensor) -> Tensor:
         """Each group's channels by their own root mean square."""

@@ -1,11 +1,28 @@
 """What a mixer is to the stack, to SeRpEnt and to the accounting. `mixers.py` knows them by name."""
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from serpent_scale.errors import UserError
+from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
+
+
+class Begun(NamedTuple):
+    """A mixer at work on a shard: its scan in phases, and what is left to do after it.
+
+    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
+    what phases.run returned. meanwhile(): work that need not wait for the state before the shard.
+    """
+
+    phases: Phases
+    initial: Tensor | None
+    finish: Callable[..., tuple[Tensor, Any]]
+    meanwhile: Callable[[], None] = lambda: None
 
 
 class Mixer(nn.Module):
@@ -27,6 +44,30 @@ class Mixer(nn.Module):
         mean nothing.
         """
         raise NotImplementedError
+
+    # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in three parts,
+    # between which the shards' holders exchange what each needs of the others.
+
+    @property
+    def reach(self) -> int:
+        """Tokens before a shard whose inputs its outputs need, beyond what the state says of them."""
+        raise UserError(f"parallel.sequence: {type(self).__name__} has no form for shards of a sequence; set parallel.sequence=1")
+
+    def begin(self, x: Tensor, before: Tensor, documents: Documents, state: Any = None) -> Begun:
+        """x (B, L, d_in), a shard; before (B, n, d_in): the n <= reach tokens before it, fewer only where the rows begin there;
+        state: before the whole rows."""
+        raise NotImplementedError
+
+    def outline(self, x: Tensor, documents: Documents, ends: list[int]) -> Tensor | None:
+        """(len(ends), ...) int64: what shards after this one must know of its first `end` tokens, for each of ends."""
+        return None
+
+    def begin_all(
+        self, x: Tensor, before: Tensor, outlines: list[Tensor], documents: Documents, state: Any = None
+    ) -> tuple[list[Begun], Callable[[list], tuple[Tensor, Any]]]:
+        """The scans of the layer, and how its outputs and its state follow from what they finish with. outlines: the earlier
+        shards', in order."""
+        return [self.begin(x, before, documents, state)], lambda finished: finished[0]
 
     @staticmethod
     def width(d_model: int, config: Any) -> int:
@@ -51,3 +92,10 @@ class Mixer(nn.Module):
     def kept_bytes(d_inner: int, config: Any, itemsize: int) -> float:
         """What a GPU keeps of one token for the backward pass, the input left out."""
         raise NotImplementedError
+
+
+def halo(given: Tensor | None, rows: Tensor, size: int) -> Tensor:
+    """The last `size` of the rows (B, n, d), which `given` (B, size, d) precedes, or zeros."""
+    if given is None:
+        given = rows.new_zeros(len(rows), size, rows.shape[2])
+    return torch.cat([given[:, rows.shape[1] :].to(rows.dtype), rows], 1)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from serpent_scale.config import SerpentConfig
-from serpent_scale.kernels.resample import TICKS, Carry, Sampling, compress, decompress
-from serpent_scale.model.documents import Documents
-from serpent_scale.model.mixer import Mixer
+from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
+from serpent_scale.model.documents import FAR, Documents
+from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.states import join_rows, take_rows
 
 
@@ -84,6 +84,75 @@ class Branch(nn.Module):
         order = torch.cat([silent, rows]).argsort()
         return y.to(found.dtype).index_copy(0, rows, found), take_rows(join_rows([take_rows(state, silent), after]), order)
 
+    @property
+    def lead(self) -> int:
+        """Tokens among which at least as many emit as the read-out has taps."""
+        return self.sampling.readout_taps * self._slowest
+
+    @property
+    def reach(self) -> int:
+        """So that elements of the lead before a shard are formed again from their tokens, with the inner mixer's reach before
+        them and the window of the oldest."""
+        return self.lead + self.inner.reach * self._slowest + self.sampling.window_taps - 1
+
+    @property
+    def _slowest(self) -> int:
+        """Tokens among which one always emits."""
+        return -(-TICKS // round(self.sampling.low * TICKS))
+
+    def outline(self, u: Tensor, documents: Documents, ends: list[int]) -> Tensor:
+        return clock_maps(u, self.clock_weight, self.clock_bias, documents.reset, self.sampling, ends)
+
+    def begin(self, u: Tensor, before: int, outlines: list[Tensor], documents: Documents, state: BranchState | None) -> Begun:
+        """u (B, before + L, d): a shard, and the tokens before it, to where the rows begin or `reach` of them.
+
+        The first tokens' read-out sees outputs of elements before the shard, so those of its lead are scanned here again. That
+        is, a shard's scan begins and ends a lead early, and what it emits after that follows once its state there is known. Which
+        of the two forms an element is in depends on its token alone: later ones must not move an output by a bit.
+        """
+        around = documents.around(before)
+        window, inner, outputs = (None, None, None) if state is None else state
+        start, end, taps = documents.shard.begin - before, u.shape[1], self.sampling.readout_taps
+        if start > 0:
+            window = self._carry(u, outlines, documents.shard.whole, start, window)
+        n_tail = self.slots(around.part(max(0, end - self.lead), end))
+        slots = self.slots(around) + n_tail
+        x, clock, window = compress(
+            u, self.window_basis, self.clock_weight, self.clock_bias, around.reset, self.sampling, slots, window
+        )
+        first, last = (_emitted(clock, token - self.lead) for token in (before, end))
+        documents.shard.emitted(clock.n_live - _emitted(clock, before))
+        slot = torch.arange(slots, device=u.device)
+        live = (slot >= first[:, None]) & (slot < last[:, None])
+        begun = self.inner.begin(
+            x, x[:, :0], Documents(clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last), inner
+        )
+
+        def finish(*ran: Tensor) -> tuple[Tensor, BranchState]:
+            y, state = begun.finish(*ran)
+            tail = last[:, None] + slot[:n_tail]
+            live = tail < clock.n_live[:, None]
+            elements = Documents(clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail))
+            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), elements, state)
+            y = y.scatter(1, _columns(tail, y_tail), y_tail.to(y.dtype))
+            # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
+            earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs
+            z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, earlier)
+            return z[:, before:], BranchState(window, state, tail_out)
+
+        return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
+
+    def _carry(self, u: Tensor, outlines: list[Tensor], whole: Documents, start: int, given: Carry | None) -> Carry:
+        """As compression begins at token `start` > 0 of the rows: nothing that is needed looks further back than it."""
+        zero, halo = torch.zeros(len(u), dtype=torch.int64, device=u.device), self.sampling.window_taps - 1
+        dev, position = (zero, zero) if given is None else given[:2]
+        for outline in outlines:
+            dev = apply_map(dev, *outline)
+        since = whole.since_reset[:, start - 1]
+        position = torch.where(since >= FAR, position + start, since + 1)
+        steps = torch.zeros(len(u), halo, dtype=torch.int32, device=u.device)
+        return Carry(dev, position, u.new_zeros(len(u), halo, u.shape[2]), steps)
+
     def slots(self, documents: Documents) -> int:
         """Room for every element these documents can emit."""
         return documents.capacity(self.sampling.rate, self.sampling.band, TICKS)
@@ -107,8 +176,41 @@ class Serpent(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
         states = (None,) * len(self.branches) if state is None else state
-        results = [branch(x, documents, s) for branch, s in zip(self.branches, states)]
-        return self.out_proj(torch.cat([z for z, _ in results], -1)), tuple(s for _, s in results)
+        return self._join([branch(x, documents, s) for branch, s in zip(self.branches, states)])
+
+
+    @property
+    def reach(self) -> int:
+        return max(branch.reach for branch in self.branches)
+
+    def outline(self, x: Tensor, documents: Documents, ends: list[int]) -> Tensor | None:
+        """(len(ends), branches below rate 1, 3, B): the maps of their clocks."""
+        maps = [branch.outline(x, documents, ends) for branch in self.branches if isinstance(branch, Branch)]
+        return torch.stack(maps, 1) if maps else None
+
+    def begin_all(self, x: Tensor, before: Tensor, outlines: list[Tensor], documents: Documents, state: tuple | None = None):
+        states = (None,) * len(self.branches) if state is None else state
+        around, parts, n = torch.cat([before, x], 1), [], 0
+        for branch, given in zip(self.branches, states):
+            if isinstance(branch, Branch):
+                parts.append(branch.begin(around, before.shape[1], [maps[n] for maps in outlines], documents, given))
+                n += 1
+            else:
+                parts.append(branch.begin(x, before[:, max(0, before.shape[1] - branch.reach) :], documents, given))
+        return parts, self._join
+
+    def _join(self, results: list) -> tuple[Tensor, tuple]:
+        return self.out_proj(torch.cat([z for z, _ in results], -1)), tuple(state for _, state in results)
+
+
+def _emitted(clock: Clock, token: int) -> Tensor:
+    """(B,) int64 elements emitted before a token."""
+    return torch.zeros_like(clock.n_live) if token <= 0 else clock.newest[:, token - 1].long() + 1
+
+
+def _columns(index: Tensor, like: Tensor) -> Tensor:
+    """(B, J) as the index of `gather` that picks whole rows of (B, S, d)."""
+    return index[..., None].expand(-1, -1, like.shape[2])
 
 
 def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[list[int], list[int]]:

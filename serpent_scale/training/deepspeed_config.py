@@ -15,6 +15,7 @@ DERIVED = {
     "gradient_clipping": "set training.grad_clip",
     "zero_optimization.stage": "set training.zero_stage",
     "zero_optimization.compute_grad_norm": "remove it; the norm tells which steps went wrong",
+    "sequence_parallel_size": "set parallel.sequence",
     "bf16": "set training.precision",
     "bfloat16": "set training.precision",
     "fp16": "set training.precision",
@@ -39,7 +40,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     misspelt key and a batch that does not divide."""
     training = config.training
     settings = {
-        "train_batch_size": training.global_batch,
+        # To DeepSpeed a shard of a sequence is a sample of its own, and every rank a data-parallel one.
+        "train_batch_size": training.global_batch * config.parallel.sequence,
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": config.grad_accumulation(world_size),
         # Always set: DeepSpeed's default is 1.0. At stage 0 our optimizer clips (GuardedAdamW), it must see the whole norm.

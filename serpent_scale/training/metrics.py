@@ -142,6 +142,8 @@ def _short(values: dict) -> str:
         parts.append(f"data {values['data_share']:.1%}")
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("sequence_load") is not None:
+        parts.append(f"load {values['sequence_load']:.3f}")
     if values.get("memory_gib") is not None:
         parts.append(f"{values['memory_gib']:.1f} GiB")
     return "  ".join(parts)

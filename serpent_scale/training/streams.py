@@ -34,8 +34,8 @@ def open_streams(config: Config) -> tuple[TokenStream, TokenStream]:
     return train, evaluation
 
 
-def first_sample(stage: Stage, micro_batch: int, world_size: int, rank: int, step: int, micro_step: int) -> int:
-    """Number of the first sample of a rank's micro-batch, in a step of `stage`, of micro_batch * parts samples: a step's
-    samples are consecutive, and so are those of a pass of all ranks."""
+def first_sample(stage: Stage, micro_batch: int, replicas: int, replica: int, step: int, micro_step: int) -> int:
+    """Number of the first sample of a replica's micro-batch, in a step of `stage`, of micro_batch * parts samples: a step's
+    samples are consecutive, and so are those of a pass of all replicas. A replica is a rank, or the ranks that share sequences."""
     rows = micro_batch * stage.parts
-    return stage.sample + (step - stage.step) * stage.global_batch + (micro_step * world_size + rank) * rows
+    return stage.sample + (step - stage.step) * stage.global_batch + (micro_step * replicas + replica) * rows

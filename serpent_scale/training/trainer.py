@@ -11,8 +11,6 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
-import pydantic
 import torch
 
 from data_pipeline import digest
@@ -26,11 +24,12 @@ from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel import watchdog
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
+from serpent_scale.parallel.sequence import Sequence, load
 from serpent_scale.training import badsteps, signals
-from serpent_scale.training.deepspeed_config import deepspeed_config
+from serpent_scale.training.engine import build_engine, check_gradients, loss_divisor
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.metrics import Metrics
-from serpent_scale.training.optimizer import apply_settings, build_optimizer, learning_rate
+from serpent_scale.training.optimizer import apply_settings, learning_rate
 from serpent_scale.training.replicas import check_replicas
 from serpent_scale.training.streams import first_sample, open_streams
 
@@ -45,13 +44,18 @@ class DeviceBatch:
     tokens: torch.Tensor
     labels: torch.Tensor
     documents: Documents
-    digest: int  # of the samples
+    digest: int  # of the samples; 0 on ranks that share them with one that counts, as are tokens_skipped
     tokens_skipped: int
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> DeviceBatch:
-        tokens, labels, reset = (send(tensor, device) for tensor in (batch.tokens, batch.labels, batch.reset))
-        return cls(tokens, labels, Documents(reset, batch.lengths), batch.digest, batch.tokens_skipped)
+    def of(cls, batch: Batch, device: torch.device, sequence: Sequence | None = None) -> DeviceBatch:
+        """sequence: the ranks that share the rows, of which this one takes its tokens."""
+        documents = Documents(send(batch.reset, device), batch.lengths)
+        if sequence is None:
+            return cls(send(batch.tokens, device), send(batch.labels, device), documents, batch.digest, batch.tokens_skipped)
+        own, counts = sequence.own(batch.tokens.shape[1]), sequence.ring.rank == 0
+        tokens, labels = (send(tensor[:, own].contiguous(), device) for tensor in (batch.tokens, batch.labels))
+        return cls(tokens, labels, sequence.shard(documents), counts * batch.digest, counts * batch.tokens_skipped)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -73,6 +77,11 @@ class Trainer:
         device = processes.device
         self.stream, self.validation = open_streams(config)
         self.tokenizer = self.stream.index.tokenizer_path.read_text()
+        self.replicas, self.replica, self.sequence = processes.world_size, processes.rank, None
+        if config.parallel.sequence > 1:
+            self.sequence = Sequence(config.parallel.sequence, processes.world_size, device)
+            self.replicas, self.replica = config.replicas(processes.world_size), self.sequence.replica
+            check_gradients(config, self.sequence, processes)
 
         torch.manual_seed(config.run.seed)  # the same parameters on every rank, whatever the world size
         model = LanguageModel(config.model, config.training.activation_checkpointing)
@@ -80,18 +89,10 @@ class Trainer:
         if self.start is not None and store.parameters_alone(self.start):
             self._begin_with_parameters(model)
         model.to(device)
-        self.optimizer = build_optimizer(model, config, device)
-        settings = deepspeed_config(config, processes.world_size)
-        try:
-            self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
-        except pydantic.ValidationError as error:  # DeepSpeed's check of its sections: only `deepspeed:` can be at fault
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            reason = f"'{key}' is refused by {error.title} ({first['msg']})"
-            raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
+        self.engine, self.optimizer = build_engine(model, config, processes)
         training = config.training
         graphs = training.cuda_graphs and training.zero_stage < 3 and not training.activation_checkpointing
-        if graphs and device.type == "cuda" and model.fixed_shapes:
+        if graphs and device.type == "cuda" and model.fixed_shapes and self.sequence is None:
             model.forward = GraphedForward(model, accumulates=bool(training.stages) or accumulation > 1)
         self.flops = flops_per_token(config.model, config.data.seq_len).training
         self.peak = peak_flops(config, device) * processes.world_size
@@ -199,6 +200,7 @@ class Trainer:
             group["lr"] = rate
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
         consumed = skipped = 0
+        before = self.sequence.elements.clone() if self.sequence else None
         losses, accumulation = [], self._begin_step()
         for micro_step in range(accumulation):
             watchdog.beat(f"step {self.step + 1}, pass {micro_step + 1}")
@@ -211,7 +213,7 @@ class Trainer:
             losses.append(loss_sum.detach())
             # A fixed divisor: the global gradient does not depend on how documents fall on ranks. NaN where the loss is not
             # finite: its gradient may be, and then only no rank makes the step when every rank's gradient is not.
-            self.engine.backward(loss_sum / torch.where(losses[-1].isfinite(), float(batch.tokens.numel()), math.nan))
+            self.engine.backward(loss_sum / torch.where(losses[-1].isfinite(), loss_divisor(self.config), math.nan))
             self._fetch_ahead(micro_step, accumulation)
             if self.writing is not None:
                 self.writing.wait_for_copy()
@@ -220,8 +222,12 @@ class Trainer:
         # Counts and the limbs go along as float64, which holds them exactly: one collective, one wait.
         done = self.writing is None or self.writing.done
         counts = torch.tensor([skipped, signals.received() is not None, done, *digest.to_limbs(consumed)], dtype=torch.float64)
-        totals = torch.cat([totals, send(counts, self.processes.device)])
-        loss_sum, labels, skipped, stop, done, *limbs = all_reduce_sum(totals).tolist()
+        elements = torch.zeros(self.processes.world_size, dtype=torch.float64, device=self.processes.device)
+        if self.sequence:
+            elements[self.processes.rank] = self.sequence.elements - before
+        totals = torch.cat([totals, elements, send(counts, self.processes.device)])
+        loss_sum, labels, *rest = all_reduce_sum(totals).tolist()
+        elements, (skipped, stop, done, *limbs) = rest[: len(elements)], rest[len(elements) :]
         self.stopping, self.written = stop > 0, done == self.processes.world_size
         if skipped:
             self._agree_on_skipped(int(skipped))
@@ -237,23 +243,23 @@ class Trainer:
             "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
             "step_seconds": seconds, "data_seconds": data_seconds, "data_share": data_seconds / seconds,
             "data_digest": digest.to_hex(self.digest), "tokens_skipped": self.stream.tokens_skipped,
-        }
+        } | ({"sequence_load": load(elements, self.config.parallel.sequence)} if any(elements) else {})
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks; None if a signal came."""
         stream, rows = self.validation, self.config.training.micro_batch
         windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
-        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.processes.world_size
+        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.replicas
         accumulation = self.config.grad_accumulation(self.processes.world_size, self.step)
         self.engine.eval()
-        for i, first in enumerate(range(self.processes.rank * rows, windows + self.processes.rank * rows, stride)):
+        for i, first in enumerate(range(self.replica * rows, windows + self.replica * rows, stride)):
             watchdog.beat(f"evaluation after step {self.step}")
             if i % accumulation == 0 and self._agree_to_stop():  # about as often as in training
                 self.engine.train()
                 return None
             # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
-            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device)
+            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device, self.sequence)
             batch.labels[max(0, windows - first) :] = -100
             totals += self._totals(self._loss(batch), batch)
         self.engine.train()
@@ -379,7 +385,7 @@ class Trainer:
         if ahead and ahead[0] == (step, micro_step):
             return ahead[1]
         rows = self.config.training.micro_batch * self.samples.stage(step).parts
-        return DeviceBatch.of(self.stream.batch(self._first_sample(step, micro_step), rows), self.processes.device)
+        return DeviceBatch.of(self.stream.batch(self._first_sample(step, micro_step), rows), self.processes.device, self.sequence)
 
     def _fetch_ahead(self, micro_step: int, accumulation: int) -> None:
         """Get the batch after this one while the device is at work. Not past the budget, and not for the CPU: it is at work."""
@@ -389,7 +395,7 @@ class Trainer:
 
     def _first_sample(self, step: int, micro_step: int) -> int:
         stage, micro_batch = self.samples.stage(step), self.config.training.micro_batch
-        first = first_sample(stage, micro_batch, self.processes.world_size, self.processes.rank, step, micro_step)
+        first = first_sample(stage, micro_batch, self.replicas, self.replica, step, micro_step)
         return self.skipped + first
 
     def _next_sample(self) -> int:

@@ -1,0 +1,213 @@
+"""Sequence parallelism on real ranks, held to one process: losses, every gradient, emissions, states, traffic."""
+from functools import cache
+
+import pytest
+import torch
+
+from ranks import run_ranks
+from serpent_scale.config import parse_config
+from serpent_scale.model import serpent
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.language_model import LanguageModel
+
+VOCABULARY = 29
+SLOW = dict(rates=[0.25], horizon=0.5, band=16.0)  # and a clock that runs at half its rate: 8 tokens between emissions
+CASES = {
+    "mamba": dict(pattern=["mamba", "mamba"], length=41),
+    "mamba2": dict(pattern=["mamba2"], length=151),
+    "serpent": dict(pattern=["mamba", "serpent"], length=203),
+    "serpent around mamba2": dict(pattern=["serpent"], inner="mamba2", length=203),
+    "halos over several shards": dict(pattern=["serpent", "serpent"], horizon=0.5, length=27),
+    "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),
+    "uniform clock": dict(pattern=["serpent"], length=101, learn_clock=False, rates=[0.5], decompress_taps=1),
+    "activation checkpointing": dict(pattern=["mamba"] * 8 + ["serpent"], length=53, checkpointing=True),
+    "float32": dict(pattern=["serpent", "mamba"], length=203, dtype=torch.float32),
+}
+WORLDS = (2, 3, 4)
+
+
+def build(pattern, length=0, dtype=torch.float64, checkpointing=False, slow=False, inner="mamba", **settings):
+    """A small model whose clocks and read-outs are not at their plain start."""
+    config = parse_config({
+        "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": len(pattern), "pattern": pattern,
+                  "mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "head_dim": 4},
+                  "serpent": {"inner": inner, "band": 2.0, **settings}},
+        "training": {"max_steps": 1000},
+    })
+    torch.manual_seed(3)
+    model = LanguageModel(config.model, checkpointing)
+    for name, parameter in model.named_parameters():
+        if "clock_weight" in name:
+            torch.nn.init.normal_(parameter, std=0.0 if slow else 0.5)
+        if "clock_bias" in name and slow:
+            torch.nn.init.constant_(parameter, -30.0)
+        if "readout_basis" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.to(dtype)
+
+
+def sample(length, rows=2, seed=0):
+    """Tokens, labels and documents; the first row is one document, the others hold several."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCABULARY, (rows, length + 1), generator=generator)
+    labels, reset = tokens[:, 1:].clone(), torch.zeros(rows, length, dtype=torch.bool)
+    for row in range(1, rows):
+        reset[row, torch.randperm(length, generator=generator)[: 1 + length // 30]] = True
+        labels[row, :-1][reset[row, 1:]] = -100
+    lengths = []
+    for row in reset:
+        edges = sorted({0, length, *row.nonzero().flatten().tolist()})
+        lengths.append(tuple(b - a for a, b in zip(edges, edges[1:])))
+    return tokens[:, :-1], labels, Documents(reset, tuple(lengths))
+
+
+class Emissions(list):
+    """Which tokens emit (B, L), at every call of `compress`. A clock that was carried on sees outputs before its first, so
+    `decompress` must be given some: a kernel would read what lies before them in memory."""
+
+    def __enter__(self):
+        self.original = compress, decompress = serpent.compress, serpent.decompress
+        carried = {}
+
+        def spy(u, *arguments):
+            x, clock, carry = compress(u, *arguments)
+            carried[id(clock.newest)] = arguments[-1] is not None
+            self.append(clock.newest.diff(dim=1, prepend=clock.newest.new_full((len(u), 1), -1)) > 0)
+            return x, clock, carry
+
+        def check(y, basis, clock, sampling, tail):
+            assert tail is not None or not carried[id(clock.newest)]
+            return decompress(y, basis, clock, sampling, tail)
+
+        serpent.compress, serpent.decompress = spy, check
+        return self
+
+    def __exit__(self, *_):
+        serpent.compress, serpent.decompress = self.original
+
+
+def tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in tensors(part)]
+
+
+@cache
+def whole(name):
+    """Summed loss, gradients, emissions and the states after, in one process; and the losses by token of a piece that follows."""
+    case = CASES[name]
+    model = build(**{**case, "checkpointing": False})
+    tokens, labels, documents = sample(case["length"])
+    with Emissions() as fired:
+        loss, states = model(tokens, documents, labels)
+        fired = list(fired)
+    loss.backward()
+    tokens, labels, documents = sample(case["length"], seed=1)
+    with torch.no_grad():
+        continued, _ = model(tokens, documents, labels, [_detached(s) for s in states], per_token=True)
+    return loss.item(), gradients(model), fired, tensors(_detached(states)), continued
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def _detached(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    parts = [_detached(part) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def sharded(processes, names):
+    """The same by all ranks together, and the exchanges of the forward and of the backward pass."""
+    from serpent_scale.parallel.sequence import Sequence
+
+    sequence = Sequence(processes.world_size, processes.world_size, processes.device)
+    return {name: _sharded(sequence, **CASES[name]) for name in names}
+
+
+def _sharded(sequence, length, **case):
+    model, own, traffic = build(**case), sequence.own(length), sequence.ring.traffic
+    tokens, labels, documents = sample(length)
+    before = traffic.exchanges
+    with Emissions() as fired:
+        loss, states = model(tokens[:, own], sequence.shard(documents), labels[:, own])
+        fired = [emits[:, own.start - own.stop :] for emits in fired]
+    forward = traffic.exchanges
+    loss.backward()
+    exchanges = forward - before, traffic.exchanges - forward
+    total = loss.detach().clone()
+    for tensor in (total, *gradients(model).values()):
+        torch.distributed.all_reduce(tensor)
+    states = sequence.last_states(_detached(states))
+    later, later_labels, later_documents = sample(length, seed=1)
+    with torch.no_grad():
+        continued, _ = model(later[:, own], sequence.shard(later_documents), later_labels[:, own], states, per_token=True)
+        plain = model(tokens[:, own], sequence.shard(documents))[0]
+        changed = tokens.clone()
+        changed[:, 2 * length // 3 :] = (changed[:, 2 * length // 3 :] + 1) % VOCABULARY
+        other = model(changed[:, own], sequence.shard(documents))[0]
+    same = max(0, 2 * length // 3 - own.start)
+    causal = torch.equal(plain[:, :same], other[:, :same])
+    moved = not torch.equal(plain[:, same:], other[:, same:]) or same >= own.stop - own.start
+    return total.item(), gradients(model), fired, tensors(states), continued, exchanges, causal and moved
+
+
+@cache
+def results(world_size):
+    return run_ranks(world_size, sharded, list(CASES))
+
+
+def near(found, expected, bound):
+    return (found.double() - expected.double()).norm() <= bound * expected.double().norm().clamp(min=1e-12)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("name", CASES)
+def test_shards_give_what_one_process_gives(name, world_size):
+    bound = 1e-5 if name == "float32" else 1e-9
+    expected, grads, fired, states, continued = whole(name)
+    ranks = [rank[name] for rank in results(world_size)]
+    for loss, found, _, after, _, _, _ in ranks:
+        assert abs(loss - expected) <= bound * expected
+        for key, grad in grads.items():
+            assert grad.norm() > 0 or "clock" in key, f"{key} is not tried"
+            assert near(found[key], grad, bound), key
+        assert all(near(a, b, bound) for a, b in zip(after, states, strict=True)), "the last rank's states, on all"
+    for i, emits in enumerate(fired):
+        assert torch.equal(torch.cat([rank[2][i] for rank in ranks], 1), emits)
+    assert near(torch.cat([rank[4] for rank in ranks], 1), continued, bound), "continued from those states"
+    if name == "nothing emitted" and world_size == 4:
+        assert any((emits.sum(1) == 0).any() for rank in ranks for emits in rank[2])
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_no_output_before_a_changed_token_moves_by_a_bit(world_size):
+    for name in CASES:
+        assert all(rank[name][-1] for rank in results(world_size)), name
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_a_layer_makes_two_exchanges_forward_and_two_backward(world_size):
+    for name, case in CASES.items():
+        layers = len(case["pattern"])
+        recomputed = 2 * layers if case.get("checkpointing") else 0
+        assert results(world_size)[0][name][5] == (2 * layers, 2 * layers + recomputed), name
+
+
+def traffic_of(processes, lengths):
+    from serpent_scale.parallel.sequence import Sequence
+
+    sequence, found = Sequence(processes.world_size, processes.world_size, processes.device), []
+    for length in lengths:
+        for pattern in (["mamba"], ["mamba2"], ["serpent"]):
+            model, own = build(pattern), sequence.own(length)
+            tokens, labels, documents = sample(length)
+            before = sequence.ring.traffic.bytes
+            model(tokens[:, own], sequence.shard(documents), labels[:, own])[0].backward()
+            found.append(sequence.ring.traffic.bytes - before)
+    return found
+
+
+def test_bytes_do_not_depend_on_length():
+    for found in run_ranks(2, traffic_of, [200, 800]):
+        assert found[:3] == found[3:] and min(found) > 0
