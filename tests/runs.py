@@ -56,8 +56,8 @@ def train(processes, config: Config, prepare=None):
     from serpent_scale.training.trainer import Trainer, prepare_run_folder
 
     on_rank_zero(lambda: prepare_run_folder(config.run_folder))
-    trainer = Trainer(config, processes)
-    trainer.resume("auto")
+    trainer = Trainer(config, processes, "auto")
+    trainer.resume()
     if prepare is not None:
         prepare(trainer)
     return trainer.train()

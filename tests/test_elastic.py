@@ -113,7 +113,7 @@ def first_step(processes, data, folder, stage: int) -> tuple[str, float]:
     deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     config = run_config(data, folder, deepspeed=deepspeed, training={
         "zero_stage": stage, "max_steps": 12, "global_batch": 8, "micro_batch": 8 // processes.world_size})
-    trainer = Trainer(config, processes)
+    trainer = Trainer(config, processes, "auto")
     sha256 = hashlib.sha256(b"".join(value.numpy().tobytes() for value in parameters(trainer.engine).values()))
     return sha256.hexdigest(), trainer.train_step()["grad_norm"]
 

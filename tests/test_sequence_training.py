@@ -49,13 +49,13 @@ def train_stages(processes, folder, sequence):
     found = {}
     for stage in STAGES if processes.world_size == 2 else FOUR_RANKS:
         settings = config(folder, sequence, stage)
-        trainer = Trainer(settings, processes)
+        trainer = Trainer(settings, processes, "auto")
         found[stage] = steps(trainer, 2)
         if processes.world_size == sequence == 2:
             trainer.save()
         if sequence == 1:
-            resumed = Trainer(settings, processes)
-            resumed.resume("auto")
+            resumed = Trainer(settings, processes, "auto")
+            resumed.resume()
             found["third", stage], found["resumed", stage] = steps(trainer, 1), steps(resumed, 1)
             resumed.engine.destroy()
         trainer.engine.destroy()
@@ -100,13 +100,13 @@ def combine(processes, folder):
     found = {}
     for precision in ("fp32", "bf16"):
         settings = config(folder, 2, 3, precision=precision, activation_checkpointing=True)
-        trainer = Trainer(settings, processes)
+        trainer = Trainer(settings, processes, "auto")
         found[precision] = steps(trainer, 2)
         trainer.engine.destroy()
     right = engine.loss_divisor
     engine.loss_divisor = lambda config: right(config) * config.parallel.sequence
     try:
-        Trainer(config(folder, 2, 1), processes)
+        Trainer(config(folder, 2, 1), processes, "auto")
     except UserError as error:
         found["refused"] = str(error)
     return found
