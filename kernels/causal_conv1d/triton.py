@@ -56,6 +56,19 @@ def _since(since_reset, t, b, length, RESET: tl.constexpr):
 
 
 @triton.jit
+def _chunk(
+    walk, since_reset, i, direction: tl.constexpr, b, start, d, inside, stride, length, d_inner, RESET: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """CHUNK tokens i, i + direction, ... of a walk, and the tokens since each one's document began."""
+    tokens, since = (), ()
+    for j in tl.static_range(CHUNK):
+        tokens = tokens + (_token(walk, None, i + direction * j, b, start, d, inside, stride, length, d_inner, WIDTH),)
+        since = since + (_since(since_reset, start + i + direction * j, b, length, RESET),)
+    return tokens, since
+
+
+@triton.jit
 def _sigmoid(z):
     if INTERPRETED:
         gate = 1 / (1 + tl.exp2(-1.4426950408889634 * z))
@@ -98,7 +111,7 @@ def _halo_slot_kept(since_reset, last, b, length, lag):
 def _conv1d_forward(
     x, weight, bias, since_reset, halo, n_live, y, halo_out, x_b, x_l, length, d_inner, n_segments,
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, WALKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):
     b, segment, start, d, inside = _place(d_inner, n_segments, WALKS, STEPS, BLOCK_D)
     taps, bias_d = _taps_and_bias(weight, bias, d, inside, d_inner, BLOCK_D, WIDTH, WIDTH_2)
@@ -108,16 +121,21 @@ def _conv1d_forward(
     older = ()  # x at t-1, .. t-W+1
     for k in tl.static_range(1, WIDTH):
         older = older + (_token(walk, halo, -k, b, start, d, inside, x_l, length, d_inner, WIDTH).to(tl.float32),)
+    if AHEAD:
+        new, since = _chunk(walk, since_reset, 0, 1, b, start, d, inside, x_l, length, d_inner, RESET, WIDTH)
     for i in tl.range(0, STEPS, CHUNK, num_stages=STAGES):
-        new, since = (), ()
-        for j in tl.static_range(CHUNK):
-            new = new + (_token(walk, None, i + j, b, start, d, inside, x_l, length, d_inner, WIDTH),)
-            since = since + (_since(since_reset, start + i + j, b, length, RESET),)
+        if AHEAD:  # asked for while this chunk is worked on; past the walk's end there is none
+            more = inside & (i + CHUNK < STEPS)
+            next_new, next_since = _chunk(walk, since_reset, i + CHUNK, 1, b, start, d, more, x_l, length, d_inner, RESET, WIDTH)
+        else:
+            new, since = _chunk(walk, since_reset, i, 1, b, start, d, inside, x_l, length, d_inner, RESET, WIDTH)
         for j in tl.static_range(CHUNK):
             window = (new[j].to(tl.float32),) + older
             z = _pre_activation(window, taps, bias_d, since[j], RESET, WIDTH)
             tl.store(y_walk + (i + j) * d_inner, (z * _sigmoid(z)).to(y.dtype.element_ty), mask=inside & (start + i + j < length))
             older = window[: WIDTH - 1]
+        if AHEAD:
+            new, since = next_new, next_since
     if segment == 0:
         last = length if n_live is None else tl.load(n_live + b)
         for lag in tl.static_range(WIDTH - 1):
@@ -162,10 +180,19 @@ def _step_back(grad_y, x, since, newer, sent, taps, bias, RESET: tl.constexpr, W
 
 
 @triton.jit
+def _old_chunk(x_walk, halo, i, b, start, d, inside, stride, length, d_inner, WIDTH: tl.constexpr):
+    """CHUNK tokens i, i - 1, ... of x; they may lie in the halo."""
+    tokens = ()
+    for j in tl.static_range(CHUNK):
+        tokens = tokens + (_token(x_walk, halo, i - j, b, start, d, inside, stride, length, d_inner, WIDTH),)
+    return tokens
+
+
+@triton.jit
 def _walk_back(
     gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias, b, start, d, inside,
     gy_l, x_l, gx_l, length, d_inner,
-    RESET: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    RESET: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):
     """Gradients of the weight's columns and of the bias, and what was sent to the tokens before start; stores grad_x."""
     nothing = tl.zeros_like(start).to(tl.float32) + tl.zeros_like(bias)
@@ -182,13 +209,18 @@ def _walk_back(
             _token(x_walk, halo, i - WIDTH + 1, b, start, d, inside, x_l, length, d_inner, WIDTH),
             _since(since_reset, start + i, b, length, RESET), newer, sent, taps, bias, RESET, WIDTH,
         )
+    if AHEAD:
+        gy, since = _chunk(gy_walk, since_reset, STEPS - 1, -1, b, start, d, inside, gy_l, length, d_inner, RESET, WIDTH)
+        old = _old_chunk(x_walk, halo, STEPS - WIDTH, b, start, d, inside, x_l, length, d_inner, WIDTH)
     for done in tl.range(0, STEPS, CHUNK, num_stages=STAGES):
-        gy, old, since = (), (), ()
-        for j in tl.static_range(CHUNK):
-            i = STEPS - 1 - done - j
-            gy = gy + (_token(gy_walk, None, i, b, start, d, inside, gy_l, length, d_inner, WIDTH),)
-            old = old + (_token(x_walk, halo, i - WIDTH + 1, b, start, d, inside, x_l, length, d_inner, WIDTH),)
-            since = since + (_since(since_reset, start + i, b, length, RESET),)
+        at = STEPS - 1 - done
+        if AHEAD:
+            more = inside & (done + CHUNK < STEPS)
+            next_gy, next_since = _chunk(gy_walk, since_reset, at - CHUNK, -1, b, start, d, more, gy_l, length, d_inner, RESET, WIDTH)
+            next_old = _old_chunk(x_walk, halo, at - CHUNK - WIDTH + 1, b, start, d, more, x_l, length, d_inner, WIDTH)
+        else:
+            gy, since = _chunk(gy_walk, since_reset, at, -1, b, start, d, inside, gy_l, length, d_inner, RESET, WIDTH)
+            old = _old_chunk(x_walk, halo, at - WIDTH + 1, b, start, d, inside, x_l, length, d_inner, WIDTH)
         for j in tl.static_range(CHUNK):
             i = STEPS - 1 - done - j
             grad_taps, g, grad_here, newer, sent = _step_back(gy[j], old[j], since[j], newer, sent, taps, bias, RESET, WIDTH)
@@ -202,6 +234,8 @@ def _walk_back(
                     grad_halo_out, since_reset, n_live, b, start + i, d, inside, length, d_inner, WIDTH
                 )
             tl.store(gx_walk + i * gx_l, grad_here.to(gx_walk.dtype.element_ty), mask=inside & (start + i < length))
+        if AHEAD:
+            gy, old, since = next_gy, next_old, next_since
     return grad_w, grad_b, sent
 
 
@@ -210,7 +244,7 @@ def _conv1d_backward(
     grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, grad_x, grad_halo, partial,
     gy_b, gy_l, x_b, x_l, gx_b, gx_l, length, d_inner, n_segments,
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, WALKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):
     b, segment, start, d, inside = _place(d_inner, n_segments, WALKS, STEPS, BLOCK_D)
     taps, bias_d = _taps_and_bias(weight, bias, d, inside, d_inner, BLOCK_D, WIDTH, WIDTH_2)
@@ -220,7 +254,7 @@ def _conv1d_backward(
     if since_reset is None:
         grad_w, grad_b, sent = _walk_back(
             gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias_d, b, start, d, inside,
-            gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, STAGES,
+            gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, STAGES, AHEAD,
         )
     else:  # most segments lie inside one document and need no masks
         t = segment * WALKS * STEPS + tl.arange(0, WALKS * STEPS)
@@ -230,12 +264,12 @@ def _conv1d_backward(
         if tl.min(least, 0) >= WIDTH - 1:
             grad_w, grad_b, sent = _walk_back(
                 gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias_d, b, start, d, inside,
-                gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, STAGES,
+                gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, STAGES, AHEAD,
             )
         else:
             grad_w, grad_b, sent = _walk_back(
                 gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias_d, b, start, d, inside,
-                gy_l, x_l, gx_l, length, d_inner, True, WIDTH, STEPS, 1,
+                gy_l, x_l, gx_l, length, d_inner, True, WIDTH, STEPS, 1, AHEAD,
             )
     if grad_halo is not None:
         for k in tl.static_range(WIDTH - 1):
@@ -258,13 +292,13 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _launch(x: Tensor, width: int, walks: int, block: int | None, steps: int | None) -> tuple[int, int, dict]:
+def _launch(x: Tensor, width: int, walks: int, block: int | None, steps: int | None, longest: int) -> tuple[int, int, dict]:
     """Segments of a sequence, programs, and the constants of both kernels."""
     batch, length, d_inner = x.shape
     block = min(triton.next_power_of_2(d_inner), block or 512 // x.element_size())  # 16 bytes a lane
     blocks = triton.cdiv(d_inner, block)
     if steps is None:  # long walks repeat fewer tokens at their ends, short ones make enough programs to fill a device
-        steps = 64
+        steps = longest
         while steps > 8 and batch * blocks * triton.cdiv(length, steps) < FILLING_WARPS:
             steps //= 2
     segments = max(triton.cdiv(length, walks * steps), 1)  # a sequence of no tokens still has a halo out
@@ -274,11 +308,13 @@ def _launch(x: Tensor, width: int, walks: int, block: int | None, steps: int | N
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, since_reset: Tensor | None = None, halo: Tensor | None = None,
-    n_live: Tensor | None = None, *, walks: int = 4, block: int | None = None, steps: int | None = None, stages: int = 1,
+    n_live: Tensor | None = None, *, walks: int = 1, block: int | None = 128, steps: int | None = None, stages: int = 1,
+    registers: int | None = 64, ahead: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y and the halo out as `causal_conv1d` returns them, without autograd. x may be strided, its last dimension dense.
 
-    A program walks `walks` stretches of `steps` tokens, powers of two, over `block` channels, loading `stages` - 1 chunks ahead.
+    A program walks `walks` stretches of `steps` tokens, powers of two, over `block` channels, loading `stages` - 1 chunks ahead into
+    shared memory, or one into registers (`ahead`); registers: at most these per thread, so that more warps fit.
     """
     x = _rows(x)
     weight, bias, since_reset, halo, n_live = _dense(weight, bias, since_reset, halo, n_live)
@@ -286,11 +322,11 @@ def forward(
     width = weight.shape[1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     halo_out = torch.empty(batch, width - 1, d_inner, dtype=x.dtype, device=x.device)
-    segments, programs, constants = _launch(x, width, walks, block, steps)
+    segments, programs, constants = _launch(x, width, walks, block, steps, longest=32)
     launch(
         _conv1d_forward, (programs,),
         x, weight, bias, since_reset, halo, n_live, y, halo_out, x.stride(0), x.stride(1), length, d_inner, segments,
-        STAGES=stages, **constants,
+        STAGES=stages, AHEAD=ahead, maxnreg=registers, **constants,
     )
     return y, halo_out
 
@@ -298,12 +334,13 @@ def forward(
 def backward(
     grad_y: Tensor, grad_halo_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
     since_reset: Tensor | None = None, halo: Tensor | None = None, n_live: Tensor | None = None, out: Tensor | None = None,
-    *, walks: int = 1, block: int | None = 128, steps: int | None = None, stages: int = 2, registers: int | None = 128,
+    *, walks: int = 1, block: int | None = 128, steps: int | None = None, stages: int = 1, registers: int | None = 128,
+    ahead: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients to x, weight, bias and halo (None if there is none) of the gradients to the two outputs of `forward`.
 
     grad_halo_out may be None. x, grad_y and out (B, L, D) may be strided, their last dimension dense; grad_x is written to
-    out if given. walks, block, steps, stages as in `forward`; registers: at most these per thread, so that more warps fit.
+    out if given. walks, block, steps, stages, registers, ahead as in `forward`.
     """
     x, grad_y = _rows(x), _rows(grad_y)
     weight, bias, since_reset, halo, n_live, grad_halo_out = _dense(weight, bias, since_reset, halo, n_live, grad_halo_out)
@@ -311,13 +348,13 @@ def backward(
     width = weight.shape[1]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     grad_halo = None if halo is None else torch.empty_like(halo)
-    segments, programs, constants = _launch(x, width, walks, block, steps)
+    segments, programs, constants = _launch(x, width, walks, block, steps, longest=64)
     partial = torch.empty(batch * segments, (width + 1) * d_inner, dtype=torch.float32, device=x.device)
     launch(
         _conv1d_backward, (programs,),
         grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, grad_x, grad_halo, partial,
         grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), grad_x.stride(0), grad_x.stride(1),
-        length, d_inner, segments, STAGES=stages, maxnreg=registers, **constants,
+        length, d_inner, segments, STAGES=stages, AHEAD=ahead, maxnreg=registers, **constants,
     )
     sums = partial.sum(0)
     grad_weight, grad_bias = sums[: width * d_inner].view(d_inner, width), sums[width * d_inner :]
