@@ -83,7 +83,7 @@ def test_a_run_with_a_rank_killed_is_the_run_without(tmp_path):
     metrics, out = broken.run_folder / "metrics.jsonl", open(tmp_path / "out", "w+")
 
     def start_and_wait_for(step):
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, stdout=out, stderr=out)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out)
         until(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text())
         return process
 

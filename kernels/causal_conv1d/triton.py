@@ -51,7 +51,7 @@ def _token(walk, halo, i, b, start, d, inside, stride, length, d_inner, WIDTH: t
 def _since(since_reset, t, b, length, RESET: tl.constexpr):
     since = t
     if RESET:
-        since = tl.load(since_reset + b * length + t, mask=t < length, other=0)
+        since = tl.load(since_reset + b * length + t, mask=(t >= 0) & (t < length), other=0)
     return since
 
 
