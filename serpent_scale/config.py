@@ -192,7 +192,7 @@ class TrainingConfig:
     micro_batch: int = setting(8, "sequences per rank and forward pass", ge=1)
     stages: list[StageConfig] = setting([], "first steps of another shape: [{steps, seq_len, global_batch}]")
     precision: str = setting("bf16", "bf16: autocast with fp32 master weights", choices=("bf16", "fp32"))
-    zero_stage: int = setting(1, "DeepSpeed ZeRO stage", ge=0, le=3)
+    zero_stage: int = setting(1, "DeepSpeed ZeRO stage; one rank alone runs 1 and 2 as 0", ge=0, le=3)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", ge=0)
     activation_checkpointing: bool = setting(False, "recompute each block in the backward pass")
     cuda_graphs: bool = setting(True, "replay a GPU's passes as CUDA graphs; not with ZeRO-3 or activation checkpointing")

@@ -8,6 +8,7 @@ from ranks import run_ranks
 from serpent_scale.config import ScheduleConfig
 from serpent_scale.errors import UserError
 from serpent_scale.training.deepspeed_config import DERIVED, deepspeed_config
+from serpent_scale.training.engine import for_ranks
 from serpent_scale.training.optimizer import GuardedAdamW, apply_settings, build_optimizer, learning_rate, parameter_groups
 from toy import Toy, batch, build, parameters, toy_config, train
 
@@ -185,3 +186,11 @@ def test_learning_rate():
     assert wsd[10:80] == [2.0] * 70 and wsd[89] == pytest.approx(1.1)
     assert rates(kind="cosine", warmup_steps=100)[-1] == pytest.approx(2.0), "all warm-up"
     assert learning_rate(500, ScheduleConfig(kind="wsd", decay_steps=20, warmup_steps=10), 100, 2.0) == pytest.approx(0.2)
+
+
+def test_one_rank_runs_stages_1_and_2_as_0_unless_zero_is_asked_for_more():
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    for stage, world_size, passed, expected in (
+        (1, 1, {}, 0), (2, 1, {}, 0), (3, 1, {}, 3), (0, 1, {}, 0), (1, 2, {}, 1), (2, 1, offload, 2), (1, 1, {"timers": {}}, 0)
+    ):  # fmt: skip
+        assert for_ranks(toy_config(stage, **passed), world_size).training.zero_stage == expected

@@ -26,6 +26,7 @@ def build_engine(model: LanguageModel, config: Config, processes: Processes):
     if config.parallel.sequence > 1 and config.training.zero_stage == 3:
         # The parts of a mixer's pass that exchanges lie between use its parameters without calling it: gather a block's together.
         set_z3_leaf_modules(model, [Block])
+    config = for_ranks(config, processes.world_size)
     optimizer = build_optimizer(model, config, processes.device)
     settings = deepspeed_config(config, processes.world_size)
     try:
@@ -36,6 +37,15 @@ def build_engine(model: LanguageModel, config: Config, processes: Processes):
         reason = f"'{key}' is refused by {error.title} ({first['msg']})"
         raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
     return engine, optimizer
+
+
+def for_ranks(config: Config, world_size: int) -> Config:
+    """One rank has nothing to shard: it runs ZeRO 1 and 2 as 0, which does the same without copies of gradients and parameters.
+    Not where the `deepspeed` section asks ZeRO for something, such as offloading."""
+    training = config.training
+    if world_size > 1 or training.zero_stage not in (1, 2) or "zero_optimization" in config.deepspeed:
+        return config
+    return dataclasses.replace(config, training=dataclasses.replace(training, zero_stage=0))
 
 
 def loss_divisor(config: Config) -> float:
