@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install quickstart test clean
+.PHONY: install quickstart test test-all clean
 install: $(VENV)/.installed
 
 # torch first, at its pin, so that nothing after it brings another; DeepSpeed builds against the torch that is there.
@@ -20,6 +20,10 @@ quickstart: install
 	$(BIN)/python launch/quickstart.py
 
 test: install
+	$(BIN)/python -m pytest tests -m "not slow"
+
+# With those that take over 20 seconds each, which need SLURM.
+test-all: install
 	$(BIN)/python -m pytest tests
 
 clean:

@@ -71,7 +71,6 @@ def test_ranks_that_do_not_end_are_killed(tmp_path):
     assert time.monotonic() - started < 25  # it starts six interpreters, and waits 3 s
 
 
-@pytest.mark.slow
 def test_a_run_with_a_rank_killed_is_the_run_without(tmp_path):
     """Teardown within 5 s; then a signal to the supervisor, and the rest of the run."""
     data = write_data(tmp_path / "data")
