@@ -19,6 +19,7 @@ from webdataset import TarWriter
 
 from data_pipeline.files import sync_folder, write_atomically
 from data_pipeline.index import HEADER, Index, Shard, load_index, member_name, payload_offsets, publish_index
+from data_pipeline.overlap import Runs, Seen
 from data_pipeline.tokenizer import Tokenizer
 from serpent_scale.errors import UserError
 
@@ -42,25 +43,42 @@ class Progress:
     bytes: int = 0
     words: int = 0
     digest: str = ""  # of the texts
+    duplicates: int = 0  # left out, as texts that were there before
+    overlapping: int = 0  # left out, as they share a run of tokens with an evaluation set
 
 
 def prepare_split(
     folder: Path, texts: Iterable[str], tokenizer: Tokenizer, *,
-    request: dict, word_rule: str, shard_tokens: int = SHARD_TOKENS,
+    request: dict, word_rule: str, shard_tokens: int = SHARD_TOKENS, deduplicate: bool = False, held_out: Runs | None = None,
 ) -> tuple[Index, bool]:  # fmt: skip
     """Write the split `folder` (DATA/SPLIT), or finish it, or find it done: (index, whether there was anything to do).
 
     A document is <|endoftext|> tokens <|endoftext|>; blank texts are left out. A shard holds at most `shard_tokens` and
-    256 MiB, unless a single document is larger. request: what determines the outcome, compared with that of a former run.
+    256 MiB, unless a single document is larger. deduplicate: of equal texts keep the first. held_out: leave out documents that
+    share one of these runs. request: what else determines the outcome, compared with that of a former run.
     Raises UserError when the folder holds something else, or the source has changed since.
     """
     request = request | {"tokenizer_sha256": tokenizer.sha256, "shard_tokens": shard_tokens}
+    if deduplicate:
+        request["deduplicate"] = True
+    if held_out is not None:
+        request["held_out_sha256"] = held_out.sha256
     shards, progress = _resume(folder, request)
     if (folder / "index.json").is_file():
         return load_index(folder), False
     writer = _SplitWriter(folder, tokenizer, request, shards, progress, word_rule, shard_tokens)
+    writer.seen, writer.held_out = Seen() if deduplicate else None, held_out
     writer.write(iter(texts))
     return load_index(folder), True
+
+
+def left_out(folder: Path) -> dict[str, int]:
+    """How many texts of a prepared split were left out, as duplicates and as overlapping an evaluation set."""
+    try:
+        progress = json.loads((folder / "preparation.json").read_bytes())["progress"]
+        return {key: int(progress.get(key, 0)) for key in ("duplicates", "overlapping")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"duplicates": 0, "overlapping": 0}  # counts for people to read: their absence hinders nothing
 
 
 def _resume(folder: Path, request: dict) -> tuple[list[Shard], Progress]:
@@ -99,6 +117,7 @@ class _SplitWriter:
         self.word_rule, self.shard_tokens = word_rule, shard_tokens
         self.dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         self.hash = hashlib.sha256()
+        self.seen, self.held_out = None, None
 
     def write(self, texts: Iterator[str]) -> None:
         """Write the shards that are missing, then the index."""
@@ -106,7 +125,7 @@ class _SplitWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tqdm(desc=self.folder.name, unit=" tokens", unit_scale=True, disable=None, initial=self._tokens()) as bar:
             tar = None
-            for text, payload in self._tokenised(texts):
+            for text, payload, reason in self._tokenised(texts):
                 if tar is not None and not tar.has_room(payload, self.shard_tokens):
                     self._finish(tar)
                     tar = None
@@ -116,7 +135,7 @@ class _SplitWriter:
                     tar.write(member_name(self.progress.documents), payload)
                     bar.update(len(payload))
                     bar.set_postfix(documents=self.progress.documents + 1, refresh=False)
-                self._count(text, payload is not None)
+                self._count(text, payload is not None, reason)
             if tar is not None:
                 self._finish(tar)
         if not self.shards:
@@ -137,6 +156,8 @@ class _SplitWriter:
             if text is None:
                 break
             self._hash(text)
+            if self.seen is not None and text.strip():
+                self.seen.add(text)
         if self.progress.texts and self.hash.hexdigest() != self.progress.digest:
             raise UserError(f"{self.folder}: the source changed since it was begun; remove that folder and start again")
 
@@ -144,20 +165,36 @@ class _SplitWriter:
         data = text.encode()
         self.hash.update(len(data).to_bytes(8, "little") + data)
 
-    def _count(self, text: str, kept: bool) -> None:
+    def _count(self, text: str, kept: bool, reason: str | None) -> None:
         self._hash(text)
         self.progress.texts += 1
+        if reason is not None:
+            setattr(self.progress, reason, getattr(self.progress, reason) + 1)
         if kept:
             self.progress.documents += 1
             self.progress.bytes += len(text.encode())
             self.progress.words += WORD_RULES[self.word_rule](text)
 
-    def _tokenised(self, texts: Iterator[str]) -> Iterator[tuple[str, np.ndarray | None]]:
-        """Each text with its marked tokens (n + 2,), None for a blank one."""
+    def _tokenised(self, texts: Iterator[str]) -> Iterator[tuple[str, np.ndarray | None, str | None]]:
+        """Each text with its marked tokens (n + 2,), None for one that is left out; and which count of `Progress` it is of
+        then, None for a blank one."""
         eot = self.tokenizer.eot_id
         for batch in _batches(texts):
-            for text, ids in zip(batch, self.tokenizer.encode_batch(batch)):
-                yield text, np.array([eot, *ids, eot], self.dtype) if ids and text.strip() else None
+            again = [bool(text.strip()) and self.seen is not None and self.seen.add(text) for text in batch]
+            rows = self.tokenizer.encode_batch([text for text, known in zip(batch, again) if not known])
+            held = iter(np.zeros(len(rows), bool) if self.held_out is None else self.held_out.overlapping(rows))
+            rows = iter(rows)
+            for text, known in zip(batch, again):
+                if known:
+                    yield text, None, "duplicates"
+                    continue
+                ids, overlaps = next(rows), next(held)
+                if not ids or not text.strip():
+                    yield text, None, None
+                elif overlaps:
+                    yield text, None, "overlapping"
+                else:
+                    yield text, np.array([eot, *ids, eot], self.dtype), None
 
     def _finish(self, tar: _ShardWriter) -> None:
         self.shards.append(tar.finish())

@@ -18,9 +18,11 @@ import shutil
 from pathlib import Path
 
 from data_pipeline.files import write_atomically
+from data_pipeline.overlap import N as RUN
+from data_pipeline.overlap import Runs
 from data_pipeline.packing import write_plan
 from data_pipeline.parts import CachedTokenizer, parts_folder, write_part
-from data_pipeline.shards import SHARD_TOKENS, prepare_split
+from data_pipeline.shards import SHARD_TOKENS, left_out, prepare_split
 from data_pipeline.sources import SPLIT_DOCUMENTS, Source, documents, parse_source
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from serpent_scale.errors import UserError, exit_on_user_error
@@ -39,6 +41,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="what is a document in a text file: default wikitext for .tokens and .raw, file for .txt")
     parser.add_argument("--text-key", default="text", help="column that holds the text (default text)")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="at most this many a shard")
+    parser.add_argument("--deduplicate", action="store_true", help="of texts that are equal byte for byte, keep a split's first")
+    parser.add_argument("--decontaminate", action="append", default=[], metavar="[SPLIT=]SOURCE",
+                        help="leave out of the train split what shares 13 tokens in a row with this evaluation set (of a source "
+                             "with splits: all but its train split); repeatable")  # fmt: skip
     parser.add_argument("--pack", type=int, metavar="SEQ_LEN", help="also plan best-fit packing for this data.seq_len")
     parser.add_argument("--part", type=part, metavar="I/N", help="only tokenise ahead, part I (0 to N - 1) of N")
     return parser.parse_args(argv)
@@ -57,6 +63,14 @@ def group_by_split(arguments: argparse.Namespace) -> dict[str, list[Source]]:
         for source in parse_source(text, arguments.split_documents, arguments.text_key):
             splits.setdefault(source.split, []).append(source)
     return splits
+
+
+def evaluation_sets(arguments: argparse.Namespace) -> list[Source]:
+    found = []
+    for text in arguments.decontaminate:
+        sources = parse_source(text, arguments.split_documents, arguments.text_key)
+        found += [source for source in sources if len(sources) == 1 or source.split != "train"]
+    return found
 
 
 def provide_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Source]]) -> Tokenizer:
@@ -100,9 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.pack is not None and arguments.pack < 2:
         raise UserError(f"--pack {arguments.pack}: must be at least 2, data.seq_len of a run")
     splits = group_by_split(arguments)
+    evaluations = evaluation_sets(arguments)
+    if evaluations and "train" not in splits:
+        raise UserError("--decontaminate: only cleans the split train, and there is no --source for it")
     try:
         tokenizer = (part_tokenizer if arguments.part else provide_tokenizer)(arguments.tokenizer, arguments.out, splits)
-        indexes = []
+        indexes, held_out = [], None
+        if evaluations and not arguments.part:
+            held_out = Runs(itertools.chain.from_iterable(map(documents, evaluations)), tokenizer)
+            print(f"--decontaminate: {len(held_out):,} runs of {RUN} tokens to look for")
         for split, sources in splits.items():
             parts, texts = parts_folder(arguments.out / split), itertools.chain.from_iterable(map(documents, sources))
             if arguments.part:
@@ -116,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
                 request={"sources": [source.fingerprint() for source in sources]},
                 word_rule="whitespace+line_ends" if wikitext else "whitespace",
                 shard_tokens=arguments.shard_tokens,
+                deduplicate=arguments.deduplicate,
+                held_out=held_out if split == "train" else None,
             )
             shutil.rmtree(parts, ignore_errors=True)
             if not worked:
@@ -129,9 +151,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out: {where}: {error.strerror or error}; mend that and run again, it will go on") from error
     if arguments.part:
         return
-    print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'shards':>8}{'tokens/byte':>13}")
+    print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'shards':>8}{'tokens/byte':>13}{'duplicates':>12}{'overlapping':>13}")
     for i in indexes:
-        print(f"{i.split:<12}{i.n_documents:>12,}{i.tokens:>16,}{len(i.shards):>8}{i.tokens / i.bytes:>13.4f}")
+        gone = left_out(i.folder)
+        print(f"{i.split:<12}{i.n_documents:>12,}{i.tokens:>16,}{len(i.shards):>8}{i.tokens / i.bytes:>13.4f}"
+              f"{gone['duplicates']:>12,}{gone['overlapping']:>13,}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Look at what SeRpEnt does: `launch/show.py proposition1`, `launch/show.py clock --checkpoint RUN --text FILE --out FOLDER`.
+"""Look at data, and at what SeRpEnt does: `launch/show.py data DATA`, `launch/show.py proposition1`,
+`launch/show.py clock --checkpoint RUN --text FILE --out FOLDER`.
 
+data: documents, tokens, tokens per byte, lengths of documents and some of them, as text and with --out as a picture.
 proposition1: that an element's trace in the state is linear in its interval (Proposition 1 of arXiv 2501.11729), and, with
 --checkpoint and --text, whether the intervals a model has learned tell how much elements matter.
 clock: a page (clock.html, nothing beside it needed) and a picture (clock.png) of a text with the interval of each token.
@@ -11,6 +13,10 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline import summary, verification
+from data_pipeline.index import load_split
+from data_pipeline.places import Cache, is_remote
+from data_pipeline.shards import left_out
 from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation import clock, plots, proposition
 from serpent_scale.evaluation.loading import Loaded, load_checkpoint, pick_device
@@ -29,15 +35,61 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         view.add_argument("--text", required=wanted, type=Path, metavar="FILE", help="UTF-8 text to run it on")
         view.add_argument("--max-tokens", type=int, default=1000, help="read at most this many tokens of it (default 1000)")
         view.add_argument("--device", default="auto", help="auto, cpu or cuda[:N]")
+    third = views.add_parser("data", help="documents, tokens, lengths and samples of a data folder")
+    third.add_argument("data", metavar="DATA", help="folder written by prepare_data.py, or its URL")
+    third.add_argument("--split", action="append", help="only this split; repeatable (default: all; at a URL train)")
+    third.add_argument("--samples", type=int, default=3, help="documents of each split to print (default 3)")
+    third.add_argument("--tokens", type=int, default=60, help="tokens to print of each (default 60)")
+    third.add_argument("--seed", type=int, default=0, help="which documents these are (default 0)")
+    third.add_argument("--cache", type=Path, metavar="FOLDER", help="where data from a URL is kept, data.cache of a run")
+    third.add_argument("--cache-gib", type=float, default=100.0, help="largest size of the cache (default 100)")
+    third.add_argument("--out", type=Path, metavar="PNG", help="draw the lengths")
     return parser.parse_args(argv)
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
+    if args.view == "data":
+        show_data(args)
+        return
     if (args.checkpoint is None) != (args.text is None):
         raise UserError("--checkpoint and --text go together; give both or neither")
     (show_proposition if args.view == "proposition1" else show_clock)(args)
+
+
+def show_data(args: argparse.Namespace) -> None:
+    if args.samples < 0 or args.tokens < 1 or args.cache_gib <= 0:
+        raise UserError(f"--samples {args.samples} --tokens {args.tokens} --cache-gib {args.cache_gib}: need samples >= 0, "
+                        "tokens >= 1 and cache-gib > 0")  # fmt: skip
+    remote = is_remote(args.data)
+    names = args.split or (["train"] if remote else verification.splits(Path(args.data)))
+    if not names:
+        raise UserError(f"{args.data}: holds no data; prepare it with launch/prepare_data.py")
+    cache = Cache(args.cache, int(args.cache_gib * 2**30)) if args.cache else None
+    indexes = [load_split(args.data, name, cache) for name in names]
+    drawn = {}
+    print(f"{'split':<14}{'documents':>14}{'tokens':>18}{'shards':>8}{'tokens/byte':>13}{'tokens/word':>13}")
+    for i in indexes:
+        print(f"{i.split:<14}{i.n_documents:>14,}{i.tokens:>18,}{len(i.shards):>8}{i.tokens / i.bytes:>13.4f}"
+              f"{i.tokens / i.words:>13.4f}")
+    for i in indexes:
+        lengths = drawn[i.split] = summary.Lengths.of(i)
+        gone = left_out(i.folder)
+        print(f"\n{i.split}: identity {i.sha256[:16]}, {i.vocab_size:,} tokens in the vocabulary, {i.dtype.name}\n"
+              f"documents of {lengths.shortest:,} to {lengths.longest:,} tokens, {i.tokens / i.n_documents:,.1f} on average")
+        if any(gone.values()):
+            print(f"left out: {gone['duplicates']:,} duplicates, {gone['overlapping']:,} that overlap an evaluation set")
+        print(f"{'tokens':>22}{'documents':>14}{'of all tokens':>15}")
+        for b, (documents, tokens) in enumerate(zip(lengths.documents.tolist(), lengths.tokens.tolist())):
+            if documents:
+                bar = "#" * round(40 * documents / lengths.documents.max())
+                print(f"{f'{1 << b:,} to {(2 << b) - 1:,}':>22}{documents:>14,}{tokens / i.tokens:>15.1%}  {bar}")
+        for number, text in summary.samples(i, args.samples, args.tokens, args.seed):
+            print(f"document {number:,}: {text!r}")
+    if args.out:
+        plots.document_lengths(drawn, args.out)
+        print(f"\nwrote {args.out}")
 
 
 def show_proposition(args: argparse.Namespace) -> None:

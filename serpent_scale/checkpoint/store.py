@@ -187,7 +187,7 @@ class Save:
 def newest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, or None, and the newer ones that do not, with the reason. Needs no other rank."""
     skipped = []
-    for _, path in reversed(_folders(Path(checkpoints))):
+    for _, path in reversed(folders(Path(checkpoints))):
         try:
             manifest.verify(path)
             return path, skipped
@@ -376,7 +376,7 @@ def _read_rng(file: Path) -> dict[str, torch.Tensor]:
 # Folders.
 
 
-def _folders(checkpoints: Path) -> list[tuple[int, Path]]:
+def folders(checkpoints: Path) -> list[tuple[int, Path]]:
     """(step, checkpoint folder), oldest first. An `.old` one counts if its replacement never took its place."""
     if not checkpoints.is_dir():
         return []
@@ -432,7 +432,7 @@ def _prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None,
     Later ones stay: we resumed before them because they are damaged, or by hand; neither is ours to remove, and counting
     them could remove the only whole one. Files are removed in a thread unless training `waits`.
     """
-    past = [(saved_step, path) for saved_step, path in _folders(checkpoints) if saved_step <= step]
+    past = [(saved_step, path) for saved_step, path in folders(checkpoints) if saved_step <= step]
     with _cannot_write(checkpoints):
         for saved_step, path in past[:-keep_last]:
             if keep_every and saved_step % keep_every == 0:

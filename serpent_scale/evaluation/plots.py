@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
+from data_pipeline.summary import Lengths
 from serpent_scale.errors import UserError
 from serpent_scale.evaluation.clock import PLACES, BranchClock
 from serpent_scale.evaluation.proposition import STEPS, Correlation, Fit
@@ -50,6 +51,26 @@ def loss_curve(metrics: Path, png: Path, baselines: dict[str, float] | None = No
     lower.set_xlabel("step")
     lower.set_ylim(bottom=0)
     _tidy((upper, lower))
+    _save(figure, png)
+
+
+def document_lengths(splits: dict[str, Lengths], png: Path) -> None:
+    """Which share of each split's documents, and of its tokens, is in documents of what length, to a PNG. Raises UserError."""
+    figure, grid = plt.subplots(len(splits), 1, figsize=(9, 1 + 2.4 * len(splits)), squeeze=False, layout="constrained")
+    for (name, lengths), axes in zip(splits.items(), grid[:, 0]):
+        bins = np.arange(len(lengths.documents))
+        for shift, counts, color, label in ((-0.2, lengths.documents, "#1f5f9e", "documents"),
+                                            (0.2, lengths.tokens, "#e08a3c", "tokens")):  # fmt: skip
+            axes.bar(bins + shift, 100 * counts / counts.sum(), 0.38, color=color, label=label)
+        first = int(np.flatnonzero(lengths.documents)[0])
+        axes.set(xlim=(first - 0.6, len(bins) - 0.4), xticks=bins[first:],
+                 xticklabels=[f"{1 << b:,}" for b in bins[first:].tolist()])  # fmt: skip
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_ylabel("% of the split")
+        axes.set_title(f"{name}: {lengths.documents.sum():,} documents, {lengths.tokens.sum():,} tokens", loc="left", fontsize=10)
+    grid[0, 0].legend(frameon=False)
+    grid[-1, 0].set_xlabel("tokens of a document: from this up to the next")
+    _tidy(grid[:, 0])
     _save(figure, png)
 
 
