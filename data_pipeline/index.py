@@ -262,6 +262,12 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ), dtype)
 
 
+def size_of_mapped(data: np.ndarray) -> int:
+    """Bytes that the file of an array of `open_shard` has now."""
+    base = data.base
+    return (base if isinstance(base, mmap.mmap) else base.obj).size()
+
+
 def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) -> None:
     if not isinstance(fields, dict):
         raise UserError(f"{path}: {prefix.rstrip('.') or 'the file'} is not a JSON object; {MEND}")

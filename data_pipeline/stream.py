@@ -228,12 +228,12 @@ class TokenStream:
         return number, consumed
 
 
-def documents(folder: str | Path, split: str) -> Iterator[np.ndarray]:
+def documents(folder: str | Path, split: str, cache: Cache | None = None) -> Iterator[np.ndarray]:
     """Tokens (n,) int64 of each document of DATA/SPLIT in stored order, with the mark before and after it.
 
-    Raises UserError as `TokenStream` does.
+    cache: where data from a URL is kept. Raises UserError as `TokenStream` does.
     """
-    index = load_split(folder, split)
+    index = load_split(folder, split, cache)
     for shard in range(len(index.shards)):
         data = open_shard(index, shard)
         for _, offset, length in index.rows(shard).tolist():

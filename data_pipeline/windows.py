@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.index import Index, open_shard
+from data_pipeline.index import Index, open_shard, size_of_mapped
 from data_pipeline.order import derive_key, permutation, permute
 from data_pipeline.places import Damage
 from serpent_scale.errors import UserError
@@ -162,8 +162,12 @@ class Windows:
     def _open(self, shard: int) -> OpenShard | None:
         """None: it is to be skipped."""
         if shard in self._opened:
-            self._opened.move_to_end(shard)
-            return self._opened[shard]
+            # Reading past the end of a file cut since it was mapped would end the process by SIGBUS, without a word.
+            if size_of_mapped(self._opened[shard].data) == self.index.shards[shard].bytes:
+                self._opened.move_to_end(shard)
+                return self._opened[shard]
+            del self._opened[shard]
+            self._verified.discard(shard)
         if shard in self.skipped:
             return None
         try:

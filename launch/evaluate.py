@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.index import load_index
+from data_pipeline.index import load_split
+from data_pipeline.places import Cache
 from data_pipeline.stream import documents
 from data_pipeline.tokenizer import tokenizer_hash
 from serpent_scale.errors import UserError, exit_on_user_error
@@ -22,8 +23,9 @@ from serpent_scale.evaluation.perplexity import MODES, TokenText, score
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder for its newest")
-    parser.add_argument("--data", help="folder written by prepare_data.py (default: the one trained on)")
+    parser.add_argument("--data", help="folder written by prepare_data.py, or its URL (default: the one trained on)")
     parser.add_argument("--split", default="validation", help="a split of that folder (default: validation)")
+    parser.add_argument("--cache", metavar="FOLDER", help="where data from a URL is kept (default: data.cache as trained)")
     parser.add_argument("--mode", choices=MODES, default="windows",
                         help="windows: non-overlapping; sliding: with --stride; carry: states carried through documents")
     parser.add_argument("--seq-len", type=int, help="tokens per pass (default: as trained)")
@@ -41,8 +43,9 @@ def main() -> None:
     if args.stride is not None and args.mode != "sliding":
         raise UserError(f"--stride is only for --mode sliding, this is {args.mode}; remove it")
     loaded = load_checkpoint(args.checkpoint, pick_device(args.device))
-    data = Path(args.data or loaded.config.data.path)
-    index = load_index(data / args.split)
+    data, folder = args.data or loaded.config.data.path, args.cache or loaded.config.data.cache
+    cache = Cache(Path(folder), int(loaded.config.data.cache_gib * 2**30)) if folder else None
+    index = load_split(data, args.split, cache)
     if index.tokenizer_sha256 != tokenizer_hash(loaded.path / "tokenizer.json"):
         raise UserError(f"{data}: its tokenizer is not the one of {loaded.path}; prepare the data with the checkpoint's "
                         f"tokenizer.json")
@@ -53,11 +56,11 @@ def main() -> None:
     if seq_len < 2 or args.rows < 1 or (stride is not None and not 1 <= stride <= seq_len):
         raise UserError(f"--seq-len {seq_len} --stride {stride} --rows {args.rows}: need seq-len >= 2, 1 <= stride <= seq-len "
                         f"and rows >= 1")
-    text, started = TokenText.join(documents(data, args.split)), time.perf_counter()
+    text, started = TokenText.join(documents(data, args.split, cache)), time.perf_counter()
     with tqdm(total=len(text.tokens) - len(text.starts), unit=" tokens", disable=None) as bar:
         result = score(loaded.model, text, args.mode, seq_len, stride, args.rows, args.precision == "bf16", bar.update)
     report = {
-        "checkpoint": str(loaded.path), "data": str(data), "split": args.split, "mode": args.mode, "seq_len": seq_len,
+        "checkpoint": str(loaded.path), "data": data, "split": args.split, "mode": args.mode, "seq_len": seq_len,
         "stride": stride, **result.report(index.words, index.bytes), "seconds": round(time.perf_counter() - started, 2),
     }
     if args.json:

@@ -3,6 +3,8 @@ import io
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -62,6 +64,23 @@ def test_the_corpus_is_read_whole_when_nothing_is_wrong(data):
     assert (np.bincount(tokens)[1:] == 1).all()
     with pytest.raises(AssertionError):
         damage(stream)
+
+
+def test_a_cut_of_a_shard_in_use(copy, tmp_path):
+    """In a process of its own, which a read beyond the cut would end."""
+    folder, path, raw = copy
+    script = f"""
+import os
+from data_pipeline.stream import TokenStream
+stream = TokenStream({str(folder)!r}, "train", 16, None, 8)
+for g in range(stream.n_windows):
+    stream.sample(g)
+os.truncate({str(path)!r}, 512)
+for g in range(stream.n_windows):
+    stream.sample(g)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"{path}: 512 bytes, the index says" in done.stderr, (done.returncode, done.stderr)
 
 
 def test_a_cut_at_every_512_bytes(copy):

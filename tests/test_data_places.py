@@ -19,7 +19,7 @@ from data_pipeline import places
 from data_pipeline.index import load_index
 from data_pipeline.packing import write_plan
 from data_pipeline.places import Cache, is_remote
-from data_pipeline.stream import TokenStream
+from data_pipeline.stream import TokenStream, documents
 from serpent_scale.errors import UserError
 from unique_corpus import write_corpus
 
@@ -333,3 +333,12 @@ def test_s3(tmp_path, data, expected, monkeypatch):
             opened("s3://nowhere/data", tmp_path / "cache3")
     finally:
         server.stop()
+
+
+def test_documents_are_read_from_a_place_as_from_a_folder(tmp_path, data, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(places, "SCHEMES", ("memory",))
+    fsspec.filesystem("memory").put(str(data), "/place", recursive=True)
+    remote = documents("memory://place", "train", Cache(tmp_path / "cache", ROOM))
+    assert all((a == b).all() for a, b in zip(remote, documents(data, "train"), strict=True))
+    assert sum(path.suffix == "" for path in (tmp_path / "cache").iterdir()) > 1, "they came through the cache"
