@@ -132,7 +132,17 @@ class SerpentConfig:
     horizon: float = setting(1.0, "grid steps the compression window reaches back", gt=0, le=8)
     n_bases: int = setting(6, "Gaussian bases of the window and of the read-out", ge=2)
     decompress_taps: int = setting(2, "compressed outputs the read-out sees", ge=1)
-    learn_clock: bool = setting(True, "false: every interval stays at its rate (uniform crossing)")
+    clock: str = setting(
+        "learned", "who emits: learned intervals; uniform, all at the rate; stride, blocks of 1 / rate tokens",
+        choices=("learned", "uniform", "stride"),
+    )
+    window: str = setting(
+        "integrated", "what an element is: integrated bases; segment_mean of its grid cell; pointwise, figure 2 of the paper",
+        choices=("integrated", "segment_mean", "pointwise"),
+    )
+    restore: str = setting(
+        "readout", "outputs at full length: readout by bases; hold, each until the next", choices=("readout", "hold")
+    )
 
 
 @dataclass
@@ -477,6 +487,10 @@ def _check_combinations(config: Config) -> None:
     if model.serpent.d_inner is not None and model.serpent.d_inner < len(rates):
         raise UserError(f"model.serpent.d_inner={model.serpent.d_inner} is not allowed; its {len(rates)} branches "
                         f"(model.serpent.rates) need >= {len(rates)}")
+    for rate in rates if model.serpent.clock == "stride" else ():
+        if abs(rate * round(1 / rate) - 1) > 1e-3:
+            raise UserError(f"model.serpent.rates={rates}: with model.serpent.clock=stride each rate is 1 / n, {rate} is not; "
+                            f"set it to {1 / round(1 / rate):.6g}")  # fmt: skip
     for name in MIXERS:
         mixer, path = getattr(model, name), f"model.{name}"
         if int(mixer.expand * model.d_model) < 1:
@@ -548,6 +562,11 @@ def _check_shards(config: Config) -> None:
     length = min(stage.seq_len for stage in config.samples.stages)
     halos, used = {}, set(model.pattern)
     if "serpent" in used:
+        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout")):
+            value = getattr(model.serpent, key)
+            if value not in sharded.split(" or "):
+                raise UserError(f"parallel.sequence={parts}: model.serpent.{key}={value} has no form for shards of a sequence; "
+                                f"set parallel.sequence=1 or model.serpent.{key} to {sharded}")  # fmt: skip
         used.add(model.serpent.inner)
         slowest = min((rate for rate in model.serpent.rates if rate != 1), default=1)
         halos["SeRpEnt's window"] = math.ceil(model.serpent.horizon * model.serpent.spread / slowest)

@@ -19,7 +19,7 @@ CASES = {
     "serpent around mamba2": dict(pattern=["serpent"], inner="mamba2", length=203),
     "halos over several shards": dict(pattern=["serpent", "serpent"], horizon=0.5, length=27),
     "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),
-    "uniform clock": dict(pattern=["serpent"], length=101, learn_clock=False, rates=[0.5], decompress_taps=1),
+    "uniform clock": dict(pattern=["serpent"], length=101, clock="uniform", rates=[0.5], decompress_taps=1),
     "activation checkpointing": dict(pattern=["mamba"] * 8 + ["serpent"], length=53, checkpointing=True),
     "float32": dict(pattern=["serpent", "mamba"], length=203, dtype=torch.float32),
 }

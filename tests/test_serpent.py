@@ -249,7 +249,7 @@ def test_a_layer_has_as_many_parameters_as_a_mamba_layer(d_model):
 
 
 def test_frozen_clock_is_uniform_and_has_no_parameters():
-    branch = Branch(nn.Identity(), 8, 8, 1 / 3, SerpentConfig(learn_clock=False))
+    branch = Branch(nn.Identity(), 8, 8, 1 / 3, SerpentConfig(clock="uniform"))
     assert not any("clock" in name for name, _ in branch.named_parameters())
     x, documents = packed((60,), 8)
     fire = clock_of(branch, x, documents)[1][0].nonzero()[:, 0]

@@ -1,5 +1,5 @@
 """SeRpEnt's resampling: the banded integer clock, compression of a sequence to its emitted elements, and restoration.
-`reference.py` is the meaning and the form CPUs use, `triton.py` the one on GPUs; docs/serpent_layer.md says what it computes."""
+`reference.py` is the meaning, and the form of CPUs and of variants; `triton.py` is for GPUs; docs/serpent_layer.md says more."""
 import torch
 
 from . import reference
@@ -8,8 +8,9 @@ from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, apply_map, band
 __all__ = ["TICK_BITS", "TICKS", "Carry", "Clock", "Sampling", "apply_map", "banded_clock", "clock_maps", "compress", "decompress"]
 
 
-def _implementation(x: torch.Tensor):
-    if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+def _implementation(x: torch.Tensor, sampling: Sampling, held: bool = False):
+    in_triton = sampling.window == "integrated" and not sampling.stride and not held
+    if in_triton and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
         from . import triton
 
         return triton
@@ -18,17 +19,17 @@ def _implementation(x: torch.Tensor):
 
 def compress(u, basis, weight, bias, reset, sampling, slots, carry=None):
     with torch.autocast(u.device.type, enabled=False):
-        return _implementation(u).compress(u, basis, weight, bias, reset, sampling, slots, carry)
+        return _implementation(u, sampling).compress(u, basis, weight, bias, reset, sampling, slots, carry)
 
 
 def decompress(y, basis, clock, sampling, tail=None):
     with torch.autocast(y.device.type, enabled=False):
-        return _implementation(y).decompress(y, basis, clock, sampling, tail)
+        return _implementation(y, sampling, basis is None).decompress(y, basis, clock, sampling, tail)
 
 
 def clock_maps(u, weight, bias, reset, sampling, ends):
     with torch.autocast(u.device.type, enabled=False):
-        return _implementation(u).clock_maps(u, weight, bias, reset, sampling, ends)
+        return _implementation(u, sampling).clock_maps(u, weight, bias, reset, sampling, ends)
 
 
 clock_maps.__doc__ = reference.clock_maps.__doc__

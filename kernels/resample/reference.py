@@ -27,6 +27,8 @@ class Sampling(NamedTuple):
     window_width: float
     readout_taps: int  # Q
     readout_width: float
+    stride: int = 0  # tokens of a block of fixed length, which take the place of the clock's crossings; 0: the clock
+    window: str = "integrated"  # what an element is made of: see `compress`
 
 
 class Clock(NamedTuple):
@@ -55,10 +57,13 @@ class Carry(NamedTuple):
 
 
 def compress(
-    u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
+    u: Tensor, basis: Tensor | None, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
     carry: Carry | None = None,
 ) -> tuple[Tensor, Clock, Carry]:
     """Run the clock over u and merge what lies between emissions: (x (B, J, d) in u's dtype, the clock, what to hand on).
+
+    Windows: integrated, `window`; segment_mean, the mean over the time since the last grid point but one, without parameters;
+    pointwise, `pointwise`: features (B, J, K (d + M)) for a linear map of the caller's. The last two take no basis.
 
     u (B, L, d); basis (M, d) of the window; weight (d,) and bias (1,) of the clock, None for one that stays at its rate;
     reset (B, L) bool, True at the first token of a document; slots = J, enough for any clock (`Documents.capacity`);
@@ -71,8 +76,13 @@ def compress(
         carry = Carry(zero, zero, u.new_zeros(batch, halo, d), zero.new_zeros(batch, halo))
     interval = intervals(u, weight, bias, sampling)
     clock, dev, position = run_clock(interval, reset, sampling, slots, carry.dev, carry.position)
-    mass = window_mass(interval, clock, sampling, carry.steps, len(basis))
-    x = window(u, carry.tokens, clock.emitter, mass, basis) * clock.live[..., None]
+    if sampling.window == "integrated":
+        mass = window_mass(interval, clock, sampling, carry.steps, len(basis))
+        x = window(u, carry.tokens, clock.emitter, mass, basis)
+    else:
+        form = segment_mean if sampling.window == "segment_mean" else pointwise
+        x = form(u, carry.tokens, clock, window_lags(interval, clock, sampling, carry.steps), sampling)
+    x = x * clock.live[..., None]
     return x.to(out), clock, hand_on(u.to(out), clock.steps, dev, position, sampling, carry)
 
 
@@ -110,10 +120,14 @@ def run_clock(
     devs, free = banded_clock(drift, sampling.band, reset, dev)
     start = torch.where(reset, at, -1).cummax(1).values  # (B, L) where this token's document began, -1 before the row
     positions = torch.where(start < 0, position[:, None] + at, at - start) + 1
-    ticks = TICKS - 1 + positions * sampling.rate + devs
-    before_row = TICKS - 1 + position * sampling.rate + dev
-    before = torch.cat([before_row[:, None], ticks[:, :-1]], 1).masked_fill(reset, TICKS - 1)
+    if sampling.stride:
+        ticks, before = (n * TICKS // sampling.stride for n in (positions, positions - 1))
+    else:
+        ticks = TICKS - 1 + positions * sampling.rate + devs
+        before_row = TICKS - 1 + position * sampling.rate + dev
+        before = torch.cat([before_row[:, None], ticks[:, :-1]], 1).masked_fill(reset, TICKS - 1)
     count = ticks >> TICK_BITS
+    first = count == 1 if sampling.stride else reset  # at tokens that emit: the document's first element
     fire = count > (before >> TICK_BITS)
     newest = fire.cumsum(1) - 1
     # Each emitting token writes its position to its slot; the others write to one slot more, which is dropped.
@@ -126,7 +140,7 @@ def run_clock(
     learned = total[:, 1:] - total.gather(1, constant_until + 1)
     phase = (ticks & (TICKS - 1)).to(interval.dtype) / TICKS + (learned - learned.detach())
     clock = Clock(
-        emitter, live, reset.gather(1, emitter) & live, count.gather(1, emitter) - 1, live.sum(1), newest,
+        emitter, live, first.gather(1, emitter) & live, count.gather(1, emitter) - 1, live.sum(1), newest,
         positions.clamp(max=sampling.window_taps), count.clamp(max=sampling.readout_taps), phase, ticks - before, cut,
     )
     return clock, devs[:, -1], positions[:, -1]
@@ -184,8 +198,8 @@ def _prefix_maps(drift: Tensor, band: int, reset: Tensor) -> tuple[Tensor, Tenso
     return a, lo, hi
 
 
-def window_mass(interval: Tensor, clock: Clock, sampling: Sampling, halo_steps: Tensor, bases: int) -> Tensor:
-    """(B, J, K, M) integral of each basis over the lags of each tap, newest tap first, clipped to [0, horizon].
+def window_lags(interval: Tensor, clock: Clock, sampling: Sampling, halo_steps: Tensor) -> Tensor:
+    """(B, J, K + 1) grid steps from the grid point that each slot crossed back to where its taps end, newest first.
 
     Tap k of slot j is token e - k, e the emitting token; its lags end where those of tap k + 1 begin. Straight through: an
     interval moves the lags of the window its token lies in. The emission's phase is a constant, and so is what came before
@@ -200,7 +214,13 @@ def window_mass(interval: Tensor, clock: Clock, sampling: Sampling, halo_steps: 
     lags = torch.cat([-phase, steps.cumsum(-1) - phase], -1).to(interval.dtype) / TICKS  # (B, J, K + 1)
     learned = _gather(interval, tap.clamp(min=0)) * (in_document & (tap > clock.cut.gather(1, emitter)[..., None]))
     moved = (learned - learned.detach()).cumsum(-1)
-    return gaussian_mass(torch.cat([lags[..., :1], lags[..., 1:] + moved], -1), bases, sampling.window_width, sampling.horizon)
+    return torch.cat([lags[..., :1], lags[..., 1:] + moved], -1)
+
+
+def window_mass(interval: Tensor, clock: Clock, sampling: Sampling, halo_steps: Tensor, bases: int) -> Tensor:
+    """(B, J, K, M) integral of each basis over the lags of each tap, newest tap first, clipped to [0, horizon]."""
+    lags = window_lags(interval, clock, sampling, halo_steps)
+    return gaussian_mass(lags, bases, sampling.window_width, sampling.horizon)
 
 
 def gaussian_mass(lags: Tensor, bases: int, width: float, horizon: float) -> Tensor:
@@ -224,27 +244,60 @@ def window(u: Tensor, halo: Tensor, emitter: Tensor, mass: Tensor, basis: Tensor
     return x
 
 
+def segment_mean(u: Tensor, halo: Tensor, clock: Clock, lags: Tensor, sampling: Sampling) -> Tensor:
+    """Mean of u over the grid cell that ends at the slot's grid point, each token weighted by the time it takes there: (B, J, d).
+
+    Time before the document does not count. u, halo as in `window`; lags (B, J, K + 1) of `window_lags`.
+    """
+    ends = lags.clamp(0, 1)
+    share = ends.diff(dim=-1) / (ends[..., -1:] - ends[..., :1]).clamp(min=0.5 / TICKS)
+    taps, padded = sampling.window_taps, torch.cat([halo.to(u.dtype), u], 1)
+    x = 0
+    for k in range(taps):
+        x = x + share[:, :, k, None].to(u.dtype) * _rows(padded, clock.emitter + (taps - 1 - k))
+    return x
+
+
+def pointwise(u: Tensor, halo: Tensor, clock: Clock, lags: Tensor, sampling: Sampling) -> Tensor:
+    """[u_{e-k}, g_m(time from token e - k to token e)] of each tap k < K, side by side: (B, J, K (d + M)).
+
+    Figure 2 of the paper. 0 for taps before the document. u, halo as in `window`; lags (B, J, K + 1) of `window_lags`.
+    """
+    taps, padded = sampling.window_taps, torch.cat([halo.to(u.dtype), u], 1)
+    centres = torch.arange(round(sampling.horizon / sampling.window_width) + 1, dtype=lags.dtype, device=lags.device)
+    features = torch.exp(-0.5 * ((lags[..., :-1] - lags[..., :1])[..., None] / sampling.window_width - centres) ** 2)
+    reach = clock.reach.gather(1, clock.emitter.long())[..., None]
+    parts = []
+    for k in range(taps):
+        part = torch.cat([_rows(padded, clock.emitter + (taps - 1 - k)), features[:, :, k].to(u.dtype)], -1)
+        parts.append(part * (reach > k))
+    return torch.cat(parts, -1)
+
+
 def decompress(
-    y: Tensor, basis: Tensor, clock: Clock, sampling: Sampling, tail: Tensor | None = None
+    y: Tensor, basis: Tensor | None, clock: Clock, sampling: Sampling, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """z_l = y_n + sum_{k<Q} sum_m g_m(phase_l + k) basis_m * y_{n-k}, n the newest element at token l: (z, tail after y).
 
-    y (B, J, d) outputs of the emitted elements; basis (M, d) of the read-out; tail (B, Q, d), the outputs before y, oldest
-    first, None at the start of documents. Elements before the document read 0. Returns z (B, L, d) and the tail after the
-    slots in use (B, Q, d), in y's dtype.
+    y (B, J, d) outputs of the emitted elements; basis (M, d) of the read-out, None: the newest output is held as it is;
+    tail (B, Q, d), the outputs before y, oldest first, None at the start of documents. Elements before the document read 0.
+    Returns z (B, L, d) and the tail after the slots in use (B, Q, d), in y's dtype.
     """
-    taps, bases = sampling.readout_taps, len(basis)
+    taps = sampling.readout_taps
     out, y = y.dtype, y.to(torch.promote_types(y.dtype, torch.float32))
     tail = y.new_zeros(len(y), taps, y.shape[2]) if tail is None else tail.to(y.dtype)
     padded = torch.cat([tail, y * clock.live[..., None]], 1)
-    phase, centres = clock.phase.to(y.dtype), torch.arange(bases, dtype=y.dtype, device=y.device)
+    last = clock.n_live[:, None] + torch.arange(taps, device=y.device)
+    if basis is None:
+        z = _rows(padded, clock.newest + taps) * (clock.count > 0)[..., None]
+        return z.to(out), _rows(padded, last).to(out)
+    phase, centres = clock.phase.to(y.dtype), torch.arange(len(basis), dtype=y.dtype, device=y.device)
     z = 0
     for k in range(taps):
         weight = torch.exp(-0.5 * ((phase + k)[..., None] / sampling.readout_width - centres) ** 2) @ basis.to(y.dtype)
         if k == 0:
             weight = 1 + weight
         z = z + weight * _rows(padded, clock.newest + (taps - k)) * (clock.count > k)[..., None]
-    last = clock.n_live[:, None] + torch.arange(taps, device=y.device)
     return z.to(out), _rows(padded, last).to(out)
 
 

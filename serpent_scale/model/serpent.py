@@ -19,6 +19,9 @@ from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.states import join_rows, take_rows
 
 
+POINTWISE_TAPS = 3  # K of the paper's figure 2
+
+
 class BranchState(NamedTuple):
     window: Carry  # of the clock and the window
     inner: Any  # state of the inner mixer
@@ -26,21 +29,21 @@ class BranchState(NamedTuple):
 
 
 class Branch(nn.Module):
-    """One rate < 1: (B, L, d) -> (B, L, d_out)."""
+    """One rate < 1: (B, L, d) -> (B, L, d_out). The inner mixer reads `mixer_width` channels."""
 
     def __init__(self, inner: nn.Module, d: int, d_out: int, rate: float, config: SerpentConfig):
         super().__init__()
-        low, bases, taps = rate / config.spread, config.n_bases, config.decompress_taps
-        self.inner = inner
-        self.sampling = Sampling(
-            rate=round(rate * TICKS), band=round(config.band * TICKS), low=low, high=min(1.0, rate * config.spread),
-            horizon=config.horizon, window_taps=math.ceil(config.horizon / low) + 1, window_width=config.horizon / (bases - 1),
-            readout_taps=taps, readout_width=taps / (bases - 1),
-        )
-        self.window_basis = nn.Parameter(self._half_mean(bases)[:, None].repeat(1, d))
-        self.readout_basis = nn.Parameter(torch.zeros(bases, d_out))
+        self.inner, self.d_out, self.sampling = inner, d_out, sampling(rate, config)
+        low, bases = self.sampling.low, config.n_bases
+        self.window_basis = self.window_map = self.readout_basis = None
+        if config.window == "integrated":
+            self.window_basis = nn.Parameter(self._half_mean(bases)[:, None].repeat(1, d))
+        elif config.window == "pointwise":
+            self.window_map = nn.Linear(self.sampling.window_taps * (d + bases), d_out, bias=False)
+        if config.restore == "readout":
+            self.readout_basis = nn.Parameter(torch.zeros(bases, d_out))
         self.clock_weight = self.clock_bias = None
-        if config.learn_clock:  # starts at the rate everywhere: uniform crossing
+        if config.clock == "learned":  # starts at the rate everywhere: uniform crossing
             start = (rate - low) / (self.sampling.high - low)
             self.clock_weight = nn.Parameter(torch.zeros(d))
             self.clock_bias = nn.Parameter(torch.tensor([math.log(start / (1 - start))]))
@@ -60,6 +63,8 @@ class Branch(nn.Module):
             u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
             window,
         )
+        if self.window_map is not None:
+            x = self.window_map(x)
         elements = Documents(
             clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
         )
@@ -76,7 +81,7 @@ class Branch(nn.Module):
         rows, silent = emits.nonzero()[:, 0], (~emits).nonzero()[:, 0]
         if not len(silent):
             return self.inner(x, elements, state)
-        y = x.new_zeros(len(x), 1, self.readout_basis.shape[1])
+        y = x.new_zeros(len(x), 1, self.d_out)
         if not len(rows):
             return y, state
         documents = Documents(elements.reset[rows], since_reset=elements.since_reset[rows], pieces=1)
@@ -158,6 +163,30 @@ class Branch(nn.Module):
         return documents.capacity(self.sampling.rate, self.sampling.band, TICKS)
 
 
+def sampling(rate: float, config: SerpentConfig) -> Sampling:
+    """Of a branch at this rate < 1."""
+    low, high, ticks, band, stride = rate / config.spread, min(1.0, rate * config.spread), round(rate * TICKS), config.band, 0
+    if config.clock == "stride":
+        stride = round(1 / rate)
+        low, high, ticks, band = 1 / stride, 1 / stride, -(-TICKS // stride), 0.0  # rounded up: the capacity must hold
+    horizon, gaps = config.horizon, config.n_bases - 1
+    if config.window == "segment_mean":
+        horizon = 1.0  # the grid cell
+    taps = math.ceil(horizon / low) + 1
+    if config.window == "pointwise":
+        taps, horizon = POINTWISE_TAPS, (POINTWISE_TAPS - 1) * high  # as far as the oldest can lie back
+    readout_taps = config.decompress_taps if config.restore == "readout" else 1
+    return Sampling(
+        rate=ticks, band=round(band * TICKS), low=low, high=high, horizon=horizon, window_taps=taps, window_width=horizon / gaps,
+        readout_taps=readout_taps, readout_width=readout_taps / gaps, stride=stride, window=config.window,
+    )
+
+
+def mixer_width(d_model: int, d_out: int, rate: float, config: SerpentConfig) -> int:
+    """Channels a branch's mixer reads: the pointwise window's linear map leaves as many as the branch puts out."""
+    return d_out if rate != 1 and config.window == "pointwise" else d_model
+
+
 class Serpent(nn.Module):
     """Branches at several rates side by side, concatenated and projected: (B, L, d_model) -> (B, L, d_model).
 
@@ -169,7 +198,7 @@ class Serpent(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList()
         for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-            branch = mixer(d_model, inner, out, settings)
+            branch = mixer(mixer_width(d_model, out, rate, config), inner, out, settings)
             self.branches.append(branch if rate == 1 else Branch(branch, d_model, out, rate, config))
         plain = list(config.rates) == [1.0]
         self.out_proj = nn.Identity() if plain else nn.Linear(d_model, d_model, bias=False)
@@ -239,9 +268,11 @@ def parameter_count(
 ) -> int:
     total = 0 if list(config.rates) == [1.0] else d_model * d_model
     for rate, inner, out in zip(config.rates, inners, outs):
-        total += mixer.parameter_count(d_model, inner, out, settings)
+        total += mixer.parameter_count(mixer_width(d_model, out, rate, config), inner, out, settings)
         if rate != 1:
-            total += config.n_bases * (d_model + out) + (d_model + 1 if config.learn_clock else 0)
+            window = {"integrated": config.n_bases * d_model, "segment_mean": 0,
+                      "pointwise": POINTWISE_TAPS * (d_model + config.n_bases) * out}[config.window]
+            total += window + config.n_bases * out * (config.restore == "readout") + (d_model + 1) * (config.clock == "learned")
     return total
 
 
@@ -253,8 +284,9 @@ def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings
         if rate == 1:
             total += element
             continue
-        taps = math.ceil(config.horizon * config.spread / rate) + 1
-        element += itemsize * (d_model + out) + 8 * config.n_bases * taps + 16  # x and y, the window's tables, the slot
+        taps = sampling(rate, config).window_taps
+        x = d_model if config.window != "pointwise" else taps * (d_model + config.n_bases) + out
+        element += itemsize * (x + out) + 8 * config.n_bases * taps + 16  # x and y, the window's tables, the slot
         total += min(1, rate + (2 * config.band + 1) / length) * element + 32  # and the clock
     return total
 
@@ -263,12 +295,18 @@ def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any
     """Forward FLOPs per token at the target rates, in rows of `length` tokens: (matrix products, the rest)."""
     matmul, rest = (0.0 if list(config.rates) == [1.0] else 2.0 * d_model * d_model), 0.0
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-        m, r = mixer.flops(d_model, inner, out, settings, max(1, round(rate * length)))
+        m, r = mixer.flops(mixer_width(d_model, out, rate, config), inner, out, settings, max(1, round(rate * length)))
         matmul, rest = matmul + rate * m, rest + rate * r
         if rate != 1:
-            taps, bases = math.ceil(config.horizon * config.spread / rate) + 1, config.n_bases
-            matmul += 2 * bases * (rate * taps * d_model + config.decompress_taps * out)
-            rest += 2 * (d_model + rate * taps * d_model + config.decompress_taps * out)
+            taps, bases = sampling(rate, config).window_taps, config.n_bases
+            if config.window == "integrated":
+                matmul, rest = matmul + 2 * bases * rate * taps * d_model, rest + 2 * (d_model + rate * taps * d_model)
+            elif config.window == "segment_mean":
+                rest += 2 * rate * taps * d_model
+            else:
+                matmul += 2 * rate * taps * (d_model + bases) * out
+            if config.restore == "readout":
+                matmul, rest = matmul + 2 * bases * config.decompress_taps * out, rest + 2 * config.decompress_taps * out
     return matmul, rest
 
 

@@ -1,0 +1,200 @@
+"""SeRpEnt's other clocks, windows and restorations: each against a loop, and what must always hold."""
+import numpy as np
+import pytest
+import torch
+from test_serpent import LENGTHS, clock_of, lags_moved_by, packed, pieces
+from torch import nn
+
+from serpent_scale.config import MambaConfig, SerpentConfig, parse_config
+from serpent_scale.errors import UserError
+from serpent_scale.kernels.resample import TICKS, compress, reference
+from serpent_scale.model import accounting
+from serpent_scale.model.documents import Documents
+from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.serpent import Branch, Serpent
+
+VARIANTS = {
+    "stride": dict(clock="stride", rates=[1.0, 1 / 2, 1 / 3]),
+    "segment mean": dict(window="segment_mean"),
+    "figure 2 and 3": dict(window="pointwise", restore="hold"),
+    "blocks, mean, held": dict(clock="stride", window="segment_mean", restore="hold"),
+    "uniform, figure 2": dict(clock="uniform", window="pointwise"),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def mixer(request):
+    torch.manual_seed(0)
+    mixer = Serpent(24, SerpentConfig(band=2.0, **VARIANTS[request.param]), Mamba, MambaConfig(d_state=4))
+    for name, parameter in mixer.named_parameters():
+        if "clock_weight" in name or "readout_basis" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return mixer
+
+
+def test_outputs_before_a_changed_token_do_not_move_by_a_bit(mixer):
+    x, documents = packed(LENGTHS, 24)
+    x = x.float()
+    y, _ = mixer(x, documents)
+    for t in (1, 7, 152, 153, 154, 171, 229):
+        changed = x.clone()
+        changed[:, t:] = 3 * torch.randn_like(changed[:, t:])
+        assert torch.equal(mixer(changed, documents)[0][:, :t], y[:, :t])
+    assert not torch.equal(mixer(changed, documents)[0], y)
+
+
+def test_a_packed_document_gives_what_it_gives_alone_and_token_by_token(mixer):
+    mixer.double()
+    lengths = (70, 1, 17, 2, 40)
+    x, documents = packed(lengths, 24)
+    whole, _ = mixer(x, documents)
+    for part, got in zip(x[0].split(lengths), whole[0].split(lengths)):
+        torch.testing.assert_close(got, mixer(part[None], Documents.whole(1, len(part)))[0][0], rtol=1e-9, atol=1e-10)
+    with torch.no_grad():
+        for cuts in (range(sum(lengths) + 1), (0, 1, 69, 71, 88, 100, 130)):
+            state, ys = None, []
+            for part, piece in pieces(documents, list(cuts)):
+                y, state = mixer(x[:, part], piece, state)
+                ys.append(y)
+            torch.testing.assert_close(torch.cat(ys, 1), whole.detach(), rtol=1e-9, atol=1e-10)
+
+
+class Twice(nn.Module):
+    """An inner mixer without memory."""
+
+    def forward(self, x, documents, state=None):
+        return 2 * x, state
+
+
+def times(config, rate, u, branch):
+    """Integer ticks before and after each token of one document: the clock as a loop."""
+    if config.clock == "stride":
+        n = round(1 / rate)
+        return [(TICKS * l // n, TICKS * (l + 1) // n) for l in range(len(u))]
+    s, dev, ticks, found = branch.sampling, 0, TICKS - 1, []
+    for l, token in enumerate(u):
+        q = s.rate
+        if config.clock == "learned":
+            gate = 1 / (1 + np.exp(-(token @ branch.clock_weight.detach().numpy() + branch.clock_bias.item())))
+            q = round((s.low + (s.high - s.low) * gate) * TICKS)
+        dev = max(-s.band, min(s.band, dev + q - s.rate))
+        found.append((ticks, TICKS - 1 + (l + 1) * s.rate + dev))
+        ticks = found[-1][1]
+    return found
+
+
+def by_loop(config, rate, u, branch):
+    """Held outputs (L, d) of a branch around `Twice`, by the definitions of the window, and the tokens that emit."""
+    clock, out, newest, fires = times(config, rate, u, branch), [], 0 * u[0], []
+    for e, (before, after) in enumerate(clock):
+        if after // TICKS > before // TICKS:
+            fires.append(e)
+            point = after // TICKS * TICKS
+            if config.window == "segment_mean":
+                weights = [max(0, min(b, point) - max(a, point - TICKS)) for a, b in clock[: e + 1]]
+                x = sum(w * token for w, token in zip(weights, u)) / sum(weights)
+            else:
+                span = 2 * branch.sampling.high
+                centres, width = np.linspace(0, span, config.n_bases), span / (config.n_bases - 1)
+                taps = []
+                for k in range(3):
+                    if e < k:
+                        taps += [0.0] * (len(u[0]) + len(centres))
+                    else:
+                        since = (after - clock[e - k][1]) / TICKS
+                        taps += [*u[e - k], *np.exp(-0.5 * ((since - centres) / width) ** 2)]
+                x = branch.window_map.weight.detach().numpy() @ np.array(taps)
+            newest = 2 * x
+        out.append(newest)
+    return np.array(out), fires
+
+
+@pytest.mark.parametrize("clock, rate", [
+    ("learned", 0.3), ("learned", 0.5), ("uniform", 0.2), ("stride", 1 / 3), ("stride", 0.25),
+])  # fmt: skip
+@pytest.mark.parametrize("window", ["segment_mean", "pointwise"])
+def test_held_elements_equal_a_loop(clock, rate, window):
+    torch.manual_seed(1)
+    config = SerpentConfig(band=1.0, clock=clock, window=window, restore="hold")
+    branch = Branch(Twice(), 6, 6, rate, config).double()
+    if clock == "learned":
+        nn.init.normal_(branch.clock_weight, std=1.0)
+    lengths = (2, 61, 1, 20)
+    x, documents = packed(lengths, 6)
+    parts = [by_loop(config, rate, part.numpy(), branch) for part in x[0].split(lengths)]
+    assert np.abs(branch(x, documents)[0][0].detach().numpy() - np.concatenate([z for z, _ in parts])).max() < 1e-9
+    fires = np.concatenate([np.array(fire, dtype=int) + start for (_, fire), start in zip(parts, np.cumsum((0,) + lengths))])
+    assert np.array_equal(clock_of(branch, x, documents)[1][0].numpy().nonzero()[0], fires)
+
+
+def test_blocks_emit_at_their_last_token_and_have_a_slot_at_any_length():
+    for n in (2, 3, 7, 63):
+        branch = Branch(nn.Identity(), 2, 2, 1 / n, SerpentConfig(clock="stride"))
+        for lengths in ((5 * n,), (n - 1, 3 * n + 1, n, 1), (65536 + n - 1,)):
+            x, documents = packed(lengths, 2)
+            clock, fire = clock_of(branch, x.float(), documents)
+            want = np.concatenate([np.arange(1, w + 1) % n == 0 for w in lengths])
+            assert np.array_equal(fire[0].numpy(), want) and int(clock.live.sum()) == want.sum() <= clock.live.shape[1]
+
+
+@pytest.mark.parametrize("window", ["segment_mean", "pointwise"])
+def test_gradients_of_the_intervals_match_finite_differences(window, monkeypatch):
+    torch.manual_seed(3)
+    branch = Branch(Twice(), 6, 6, 0.3, SerpentConfig(band=64.0, window=window, restore="hold")).double()
+    nn.init.normal_(branch.clock_weight, std=0.5)
+    x, documents = packed((40, 23), 6)
+    s, width = branch.sampling, 6 if window == "segment_mean" else 3 * 12
+    interval = reference.intervals(x, branch.clock_weight, branch.clock_bias, s).detach().requires_grad_()
+    monkeypatch.setattr(reference, "intervals", lambda *_: interval)
+    formed, clock, _ = compress(x, None, branch.clock_weight, branch.clock_bias, documents.reset, s, branch.slots(documents))
+    direction, probe = torch.randn(*formed.shape, dtype=torch.float64), torch.randn(63, dtype=torch.float64)
+    (formed * direction).sum().backward()
+    fire = clock.newest.diff(prepend=torch.full((1, 1), -1)) > 0
+
+    def loss(shift):
+        lags, _ = lags_moved_by(s, clock, fire, shift)
+        moved = getattr(reference, window)(x, x.new_zeros(1, s.window_taps - 1, 6), clock, lags, s)
+        return (moved * clock.live[..., None] * direction).sum().item()
+
+    # Less than a tick: that is the share of the first token of a document in its grid cell.
+    numeric = (loss(1e-8 * probe) - loss(-1e-8 * probe)) / 2e-8
+    assert formed.shape[-1] == width
+    assert abs(float(interval.grad[0] @ probe) - numeric) < 1e-6 * max(1.0, abs(numeric)) and abs(numeric) > 1e-3
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_layer_has_as_many_parameters_as_a_mamba_layer_and_its_flops_follow(name):
+    def model(d_model, pattern):
+        settings = {"vocab_size": 64, "d_model": d_model, "n_layers": 1, "pattern": [pattern], "serpent": VARIANTS[name]}
+        return parse_config({"model": settings, "training": {"max_steps": 1000}}).model
+
+    for d_model in (64, 128, 768, 1024):
+        counts = accounting.parameter_counts(model(d_model, "serpent"))
+        plain = accounting.parameter_counts(model(d_model, "mamba"))
+        assert abs(counts["serpent layers"] / plain["mamba layers"] - 1) < 0.01
+        if d_model <= 128:
+            with torch.device("meta"):
+                built = LanguageModel(model(d_model, "serpent"))
+            assert sum(p.numel() for p in built.parameters()) == sum(counts.values())
+    ours, plain = (accounting.flops_per_token(model(768, p), 1024).training for p in ("serpent", "mamba"))
+    assert 0.3 * plain < ours < plain
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (dict(clock="stride", rates=[1.0, 0.3]), ["model.serpent.rates", "stride", "0.3", "0.333333"]),
+    (dict(clock="fixed"), ["model.serpent.clock", "learned, uniform, stride"]),
+])  # fmt: skip
+def test_refused(overrides, words):
+    with pytest.raises(UserError) as error:
+        parse_config({"model": {"serpent": overrides}, "training": {"max_steps": 1000}})
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("clock", "stride"), ("window", "segment_mean"), ("window", "pointwise"), ("restore", "hold"),
+])  # fmt: skip
+def test_shards_of_a_sequence_are_refused(key, value):
+    config = {"model": {"serpent": {key: value, "rates": [1.0, 0.5]}}, "training": {"max_steps": 1000}}
+    with pytest.raises(UserError, match=f"parallel.sequence=2: model.serpent.{key}={value}"):
+        parse_config(config | {"parallel": {"sequence": 2}})
