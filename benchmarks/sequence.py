@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from serpent_scale.kernels.selective_scan import selective_scan
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba
 from serpent_scale.parallel import processes
+from serpent_scale.parallel.ports import free_port
 
 
 class AllToAll(torch.autograd.Function):
@@ -193,9 +193,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 def start(world_size: int) -> list[dict]:
     """This script on each of `world_size` ranks; what they found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     running = []
     for rank in range(world_size):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),

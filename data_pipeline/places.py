@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.files import sha256_of, sync_folder
+from data_pipeline.files import sync_folder
 from serpent_scale.errors import UserError
 
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "oss", "r2")

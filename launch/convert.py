@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
 from serpent_scale.checkpoint import layouts, store
-from serpent_scale.errors import UserError, exit_on_user_error
+from serpent_scale.errors import exit_on_user_error
 from serpent_scale.evaluation.loading import find_checkpoint, read_model
 
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from data_pipeline.stream import token_counts
 from serpent_scale.config import load_config
 from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation.perplexity import unigram_perplexity
+from serpent_scale.parallel.ports import free_port
 from serpent_scale.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,15 +38,9 @@ def run(title: str, *command: str, capture: bool = False) -> str:
 
 
 def pretrain(title: str, *arguments: str) -> None:
-    run(title, "deepspeed", "--log_level", "error", "--num_gpus", str(RANKS), "--master_port", free_port(), "launch/pretrain.py",
+    """At a port of its own: the launcher's usual one may be taken by another run on this machine."""
+    run(title, "deepspeed", "--log_level", "error", "--num_gpus", str(RANKS), "--master_port", str(free_port()), "launch/pretrain.py",
         "--config", CONFIG, *arguments)  # fmt: skip
-
-
-def free_port() -> str:
-    """The launcher's own choice may be taken by another run on this machine."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 @exit_on_user_error

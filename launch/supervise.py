@@ -15,7 +15,6 @@ import collections
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from serpent_scale.config import load_config
 from serpent_scale.errors import EXIT_FAILED, EXIT_REQUEUE, EXIT_USER, UserError, exit_on_user_error
+from serpent_scale.parallel.ports import free_port
 
 ASKING = (signal.SIGTERM, signal.SIGUSR2)  # ask a run to save and end
 TEARDOWN = 3.0  # seconds from the first rank's failure until the others are killed
@@ -54,9 +54,7 @@ class Attempt:
             cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")  # since 22.05 srun does not take it from the job
             self._start(["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *command], os.environ)
             return
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(ranks):
             given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             self._start(command, {**os.environ, **{name: str(value) for name, value in given.items()}})

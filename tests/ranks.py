@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
 from pathlib import Path
 
 import torch
+
+from serpent_scale.parallel.ports import free_port
 
 # For the server and all ranks, whatever the machine has. Before anything imports DeepSpeed.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -24,9 +25,7 @@ class Group:
     """`function(processes, *args)` on each rank; `function` at the top of an importable module."""
 
     def __init__(self, world_size: int, function, *args):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.results = tempfile.TemporaryDirectory()
         self.ranks = [
             CONTEXT.Process(target=_rank, args=(rank, world_size, port, self.results.name, function, args), daemon=True)

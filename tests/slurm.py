@@ -10,6 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from serpent_scale.parallel.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SBIN = "/usr/sbin:/sbin"
 
@@ -28,7 +30,7 @@ class Slurm:
         (folder / "munge.key").chmod(0o600)
         for name in ("state", "spool.n0", "spool.n1"):
             (folder / name).mkdir()
-        ports = [_free_port() for _ in range(3)]
+        ports = [free_port() for _ in range(3)]
         host = socket.gethostname()
         nodes = "\n".join(f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]} CPUs={cpus} RealMemory=4000"
                           for i in range(2))
@@ -98,12 +100,6 @@ PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
     def _start(self, program: str, *arguments: str) -> None:
         log = open(self.folder / f"{program}.{len(self._daemons)}.out", "w")
         self._daemons.append(subprocess.Popen([program, *arguments], env=self.env, stdout=log, stderr=log))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _wait(condition, what: str, seconds: float = 20) -> None:

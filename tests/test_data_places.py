@@ -21,6 +21,7 @@ from data_pipeline.packing import write_plan
 from data_pipeline.places import Cache, is_remote
 from data_pipeline.stream import TokenStream, documents
 from serpent_scale.errors import UserError
+from serpent_scale.parallel.ports import free_port
 from unique_corpus import write_corpus
 
 pytest.importorskip("fsspec")
@@ -272,9 +273,7 @@ def test_a_rewriting_environment_and_a_missing_cache_are_refused(tmp_path, data,
 @pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 def test_nginx_with_errors_resets_and_slow_bytes(tmp_path, data, expected):
     pytest.importorskip("aiohttp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     for name in ("body", "proxy", "fastcgi", "uwsgi", "scgi"):
         (tmp_path / name).mkdir()
     paths = "".join(f"{kind}_temp_path {tmp_path}/{name};" for kind, name in dict(

@@ -1,6 +1,5 @@
 """A run that mixes sources, changes shape in stages, packs by a plan and skips a damaged shard: resumed, it is the same run."""
 import json
-from pathlib import Path
 
 from data_pipeline import digest
 from serpent_scale.config import load_config

@@ -103,14 +103,19 @@ def mixer():
     return mixer
 
 
-def test_outputs_before_a_changed_token_do_not_move_by_a_bit(mixer):
-    x, documents = packed(LENGTHS, 32)
+def assert_causal_to_the_bit(mixer, d):
+    x, documents = packed(LENGTHS, d)
     x = x.float()
     y, _ = mixer(x, documents)
     for t in (1, 7, 152, 153, 154, 171, 229):
         changed = x.clone()
         changed[:, t:] = 3 * torch.randn_like(changed[:, t:])
         assert torch.equal(mixer(changed, documents)[0][:, :t], y[:, :t])
+    assert not torch.equal(mixer(changed, documents)[0], y)
+
+
+def test_outputs_before_a_changed_token_do_not_move_by_a_bit(mixer):
+    assert_causal_to_the_bit(mixer, 32)
 
 
 def test_a_packed_document_gives_what_it_gives_alone(mixer):

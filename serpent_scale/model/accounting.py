@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from serpent_scale.config import Config, ModelConfig
 from serpent_scale.model import mixers
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.language_model import Block, Readout, layer_names, padded_vocab, recomputed_together
+from serpent_scale.model.language_model import Block, layer_names, padded_vocab, recomputed_together
 
 GIB = 2**30
 

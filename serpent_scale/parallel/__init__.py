@@ -1,2 +1,2 @@
-"""Processes: who this rank is, whichever launcher started it, and the few collectives the rest needs.
-`processes.py` is all of it."""
+"""Many processes: who this rank is and the few collectives the rest needs (`processes.py`), sequences that ranks share
+(`sequence.py`, `exchange.py`), and finding ranks that hang or die (`watchdog.py`)."""
