@@ -1,4 +1,7 @@
-"""Where compression sits: a run of blocks at the compressed length, in the layer and in the model."""
+"""Where compression sits: a run of blocks at the compressed length, in the layer and in the model; sizes of all placements."""
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from test_serpent import packed
@@ -7,16 +10,18 @@ from transformers import AutoModelForCausalLM
 
 from serpent_scale import huggingface  # noqa: F401 - registers the models
 from serpent_scale.checkpoint import layouts
-from serpent_scale.config import Config, DataConfig, MambaConfig, ModelConfig, SerpentConfig, TrainingConfig
+from serpent_scale.config import Config, DataConfig, MambaConfig, ModelConfig, SerpentConfig, TrainingConfig, load_config
 from serpent_scale.evaluation.generation import generate
 from serpent_scale.kernels.resample import compress, decompress
 from serpent_scale.model.accounting import flops_per_token, memory_per_rank, parameter_counts
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.placements import placements
 from serpent_scale.model.serpent import Serpent
 from serpent_scale.training.optimizer import parameter_groups
 
+ROOT = Path(__file__).parents[1]
 RUNS = {"one": dict(rates=[0.5], depth=3), "several": dict(rates=[1.0, 0.5], depth=3, shares=[2.0, 1.0])}
 
 
@@ -136,3 +141,28 @@ def test_transformers_loads_and_generates(tmp_path):
     assert torch.equal(theirs(prompt).logits, model(prompt)[0])
     want = torch.stack(list(generate(model, prompt, 20, temperature=0)), 1)
     assert torch.equal(theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[:, 30:], want)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("inner", ["mamba", "mamba2"])
+def test_all_placements_of_a_size_have_equal_parameters_and_fewer_flops(file, inner):
+    every = placements(load_config(file, [f"model.serpent.inner={inner}", "model.mamba2.head_dim=8"]).model)
+    sizes = {name: (sum(parameter_counts(c).values()), flops_per_token(c, 1024).training) for name, c in every.items()}
+    parameters, flops = sizes.pop(inner)
+    for name, (n, f) in sizes.items():
+        assert abs(n / parameters - 1) < 0.01, name
+        assert 0.3 * flops < f < flops, name
+    assert sizes["hourglass-4"][1] < sizes["hourglass"][1] < sizes["hourglass-wide"][1]
+
+
+def test_the_command_prints_every_size(capsys):
+    spec = importlib.util.spec_from_file_location("show", ROOT / "launch/show.py")
+    show = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(show)
+    show.main(["sizes", "--config", str(ROOT / "configs/wt103_125m.yaml"), "model.serpent.rates=[0.5]"])
+    printed = capsys.readouterr().out
+    config = load_config(ROOT / "configs/wt103_125m.yaml", ["model.serpent.rates=[0.5]"])
+    for name, model in {"as configured": config.model, **placements(config.model)}.items():
+        line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
+        assert f"{sum(parameter_counts(model).values()):,}" in line
+        assert f"{flops_per_token(model, config.data.seq_len).training / 1e6:,.1f} " in line
