@@ -126,7 +126,9 @@ class SerpentConfig:
 
     rates: list[float] = setting([1.0, 0.5, 0.25], "elements kept per token, one branch each")
     inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=MIXERS)
-    d_inner: Optional[int] = setting(None, "inner widths summed over branches; null: parameters as a layer of `inner`", ge=1)
+    shares: list[float] = setting([], "relative widths of the branches, inside and of their outputs; []: all equal")
+    depth: int = setting(1, "layers it stands for: each branch compresses once for a run of this many blocks of `inner`", ge=1)
+    d_inner: Optional[int] = setting(None, "inner widths, summed; null: as many parameters as `depth` layers of `inner`", ge=1)
     spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1, le=64)
     band: float = setting(8.0, "grid steps the clock may run ahead of or behind rate * position", ge=0, le=1024)
     horizon: float = setting(1.0, "grid steps the compression window reaches back", gt=0, le=8)
@@ -149,7 +151,7 @@ class SerpentConfig:
 class ModelConfig:
     vocab_size: int = setting(50257, "the tokenizer's vocabulary; the embedding is padded to a multiple of 64", ge=2)
     d_model: int = setting(768, "width of the residual stream", ge=1)
-    n_layers: int = setting(24, "number of mixer layers", ge=1)
+    n_layers: int = setting(24, "number of mixer layers; a serpent layer counts as serpent.depth of them", ge=1)
     pattern: list[str] = setting(
         ["mamba", "serpent"], f"mixer of each layer, repeated to the depth: {', '.join(MIXERS)}, serpent"
     )
@@ -161,6 +163,20 @@ class ModelConfig:
     s5: S5Config = field(default_factory=S5Config)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     serpent: SerpentConfig = field(default_factory=SerpentConfig)
+
+    @property
+    def layers(self) -> list[str]:
+        """The mixer of each layer, in order: the pattern repeated until there are n_layers, where a serpent layer counts as
+        `serpent.depth`. Raises UserError where the last one is cut."""
+        names, counted, depth = [], 0, self.serpent.depth
+        while counted < self.n_layers:
+            names.append(self.pattern[len(names) % len(self.pattern)])
+            counted += depth if names[-1] == "serpent" else 1
+        if counted > self.n_layers:
+            whole = " or ".join(str(n) for n in (counted - depth, counted) if n)
+            raise UserError(f"model.n_layers={self.n_layers} ends inside a serpent layer of model.serpent.depth={depth} layers; "
+                            f"set model.n_layers to {whole}, or change model.pattern")
+        return names
 
 
 @dataclass
@@ -487,6 +503,11 @@ def _check_combinations(config: Config) -> None:
     if model.serpent.d_inner is not None and model.serpent.d_inner < len(rates):
         raise UserError(f"model.serpent.d_inner={model.serpent.d_inner} is not allowed; its {len(rates)} branches "
                         f"(model.serpent.rates) need >= {len(rates)}")
+    shares = model.serpent.shares
+    if shares and (len(shares) != len(rates) or not all(0 < share < math.inf for share in shares)):
+        raise UserError(f"model.serpent.shares={shares} is not allowed; it must be one number > 0 for each of "
+                        f"model.serpent.rates={rates}, or []")  # fmt: skip
+    model.layers  # refused where it ends inside a serpent layer
     for rate in rates if model.serpent.clock == "stride" else ():
         if abs(rate * round(1 / rate) - 1) > 1e-3:
             raise UserError(f"model.serpent.rates={rates}: with model.serpent.clock=stride each rate is 1 / n, {rate} is not; "
@@ -562,8 +583,8 @@ def _check_shards(config: Config) -> None:
     length = min(stage.seq_len for stage in config.samples.stages)
     halos, used = {}, set(model.pattern)
     if "serpent" in used:
-        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout")):
-            value = getattr(model.serpent, key)
+        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout"), ("depth", "1")):
+            value = str(getattr(model.serpent, key))
             if value not in sharded.split(" or "):
                 raise UserError(f"parallel.sequence={parts}: model.serpent.{key}={value} has no form for shards of a sequence; "
                                 f"set parallel.sequence=1 or model.serpent.{key} to {sharded}")  # fmt: skip

@@ -7,16 +7,11 @@ from torch.utils.checkpoint import checkpoint
 
 from serpent_scale.config import ModelConfig
 from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_nll
-from serpent_scale.kernels.rms_norm import rms_norm
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mixer import Mixer
 from serpent_scale.model.mixers import build_mixer
 from serpent_scale.model.serpent import Branch
-
-
-def layer_names(config: ModelConfig) -> list[str]:
-    """The mixer of each layer: the pattern repeated to the depth."""
-    return [config.pattern[i % len(config.pattern)] for i in range(config.n_layers)]
+from serpent_scale.model.stack import Block, RMSNorm
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -27,42 +22,6 @@ def recomputed_together(n_layers: int) -> int:
     """Blocks that activation checkpointing recomputes at once: of all sizes the one that keeps least (Chen et al., arXiv
     1604.06174), given that a block keeps about four times its input for its own backward pass."""
     return max(1, round((n_layers / 4) ** 0.5))
-
-
-class RMSNorm(nn.Module):
-    """Adds y to the residual stream h (float32 or better) and normalises the sum, in the autocast dtype where that is on.
-
-    Returns (normalised, sum). y None: there is nothing to add yet.
-    """
-
-    def __init__(self, d_model: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
-
-    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if y is None:
-            return rms_norm(h, self.weight, self.eps, out_dtype=dtype)
-        return rms_norm(y, self.weight, self.eps, h, dtype)
-
-
-class Block(nn.Module):
-    """(h, y) -> (h + y, mixer(norm(h + y))): what a mixer adds to the residual stream h is added by the norm after it, so that
-    one kernel does both. y in the mixer's dtype, None before the first block."""
-
-    def __init__(self, name: str, config: ModelConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = build_mixer(name, config)
-
-    def forward(self, h: Tensor, y: Tensor | None, documents: Documents, state=None):
-        x, h = self.norm(h, y)
-        if documents.shard is None:
-            y, state = self.mixer(x, documents, state)
-        else:
-            y, state = documents.shard.mix(self.mixer, x, documents, state)
-        return h, y, state
 
 
 class Readout(nn.Module):
@@ -89,10 +48,11 @@ class LanguageModel(nn.Module):
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self.embedding = nn.Embedding(padded_vocab(config.vocab_size), config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(name, config) for name in layer_names(config))
+        mixers = [build_mixer(name, config) for name in config.layers]
+        self.blocks = nn.ModuleList(Block(mixer, config.d_model, config.norm_eps) for mixer in mixers)
         for block in self.blocks:  # the residual stream's variance does not grow with depth (GPT-2, section 2.3)
-            if isinstance(block.mixer.out_proj, nn.Linear):
-                block.mixer.out_proj.weight.data.div_(config.n_layers**0.5)
+            for projection in block.mixer.out_projs:
+                projection.weight.data.div_(config.n_layers**0.5)
         weight = self.embedding.weight
         if not config.tie_embeddings:
             weight = nn.Parameter(torch.empty_like(weight).normal_(std=0.02))

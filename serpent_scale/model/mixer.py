@@ -45,6 +45,11 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def out_projs(self) -> list[nn.Linear]:
+        """The linear maps whose outputs it adds to the residual stream."""
+        return [self.out_proj]
+
     # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in three parts,
     # between which the shards' holders exchange what each needs of the others.
 

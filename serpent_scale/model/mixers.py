@@ -30,7 +30,7 @@ MIXERS: dict[str, type[Mixer]] = {
 def build_mixer(name: str, config: ModelConfig) -> nn.Module:
     """A mixer (B, L, d_model) -> (B, L, d_model); forward(x, documents, state) returns (y, state after x)."""
     if name == "serpent":
-        return serpent.Serpent(config.d_model, config.serpent, *_mixer(config.serpent.inner, config))
+        return serpent.Serpent(config.d_model, config.serpent, *_mixer(config.serpent.inner, config), config.norm_eps)
     mixer, widths, settings = _plain(name, config)
     return mixer(*widths, settings)
 

@@ -6,6 +6,7 @@ Legend: B batch, L tokens, Q read-out taps, M Gaussian bases.
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
 from serpent_scale.model.documents import FAR, Documents
 from serpent_scale.model.mixer import Begun, Mixer
+from serpent_scale.model.stack import Stack
 from serpent_scale.model.states import join_rows, take_rows
 
 
@@ -88,6 +90,10 @@ class Branch(nn.Module):
         found, after = self.inner(x[rows], documents, take_rows(state, rows))
         order = torch.cat([silent, rows]).argsort()
         return y.to(found.dtype).index_copy(0, rows, found), take_rows(join_rows([take_rows(state, silent), after]), order)
+
+    @property
+    def out_projs(self) -> list[nn.Linear]:
+        return self.inner.out_projs
 
     @property
     def lead(self) -> int:
@@ -188,25 +194,31 @@ def mixer_width(d_model: int, d_out: int, rate: float, config: SerpentConfig) ->
 
 
 class Serpent(nn.Module):
-    """Branches at several rates side by side, concatenated and projected: (B, L, d_model) -> (B, L, d_model).
+    """Branches at several rates side by side: (B, L, d_model) -> (B, L, d_model).
 
-    A branch at rate 1 is the plain inner mixer; alone it needs no projection, so rates = [1] is exactly that mixer.
-    mixer, settings: the inner mixer's class and its section of the configuration.
+    A branch at rate 1 is the plain inner mixer. Where `projected` says so the branches are concatenated and projected, else
+    added: one alone is as it is, so rates = [1] is exactly that mixer. With a depth, each branch runs that many blocks of the
+    inner mixer at its rate. mixer, settings: the inner mixer's class and its section of the configuration.
     """
 
-    def __init__(self, d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any):
+    def __init__(self, d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, norm_eps: float = 1e-5):
         super().__init__()
         self.branches = nn.ModuleList()
         for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-            branch = mixer(mixer_width(d_model, out, rate, config), inner, out, settings)
+            run = [mixer(mixer_width(d_model, out, rate, config), inner, out, settings) for _ in range(config.depth)]
+            branch = run[0] if config.depth == 1 else Stack(run, d_model, norm_eps)
             self.branches.append(branch if rate == 1 else Branch(branch, d_model, out, rate, config))
-        plain = list(config.rates) == [1.0]
-        self.out_proj = nn.Identity() if plain else nn.Linear(d_model, d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False) if projected(config) else None
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
         states = (None,) * len(self.branches) if state is None else state
         return self._join([branch(x, documents, s) for branch, s in zip(self.branches, states)])
 
+    @property
+    def out_projs(self) -> list[nn.Linear]:
+        if self.out_proj is not None:
+            return [self.out_proj]
+        return [projection for branch in self.branches for projection in branch.out_projs]
 
     @property
     def reach(self) -> int:
@@ -229,7 +241,9 @@ class Serpent(nn.Module):
         return parts, self._join
 
     def _join(self, results: list) -> tuple[Tensor, tuple]:
-        return self.out_proj(torch.cat([z for z, _ in results], -1)), tuple(state for _, state in results)
+        outputs = [z for z, _ in results]
+        y = reduce(torch.add, outputs) if self.out_proj is None else self.out_proj(torch.cat(outputs, -1))
+        return y, tuple(state for _, state in results)
 
 
 def _emitted(clock: Clock, token: int) -> Tensor:
@@ -242,33 +256,41 @@ def _columns(index: Tensor, like: Tensor) -> Tensor:
     return index[..., None].expand(-1, -1, like.shape[2])
 
 
+def projected(config: SerpentConfig) -> bool:
+    """Whether the branches are concatenated and projected: where each puts out a part of d_model, but that of one alone."""
+    return config.depth == 1 and len(config.rates) > 1
+
+
 def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[list[int], list[int]]:
-    """(inner widths, output widths) per branch; by default the layer has as many parameters as a plain one of its
-    inner mixer, as nearly as that mixer's unit of width allows."""
+    """(inner widths, output widths) per branch; by default the layer has as many parameters as `depth` plain ones of its
+    inner mixer, as nearly as that mixer's unit of width allows. Blocks of a run read and write all of d_model."""
     n = len(config.rates)
+    shares = config.shares or [1.0] * n
     unit = 16 if d_model >= 512 else 1  # wide loads want multiples of 16; small models need the finer choice
-    outs = _split(d_model, n, unit)
+    outs = _split(d_model, shares, unit) if config.depth == 1 else [d_model] * n
     if config.d_inner is not None:
-        return _split(config.d_inner, n, mixer.width_unit(settings)), outs
+        return _split(config.d_inner, shares, mixer.width_unit(settings)), outs
     unit = math.lcm(unit, mixer.width_unit(settings))
-    target = mixer.parameter_count(d_model, mixer.width(d_model, settings), d_model, settings)
+    plain = mixer.parameter_count(d_model, mixer.width(d_model, settings), d_model, settings)
+    target = config.depth * (plain + d_model) - d_model  # a norm each; the layer's own is not counted here
 
     def excess(total: int) -> int:
-        return parameter_count(d_model, _split(total, n, unit), outs, config, mixer, settings) - target
+        return parameter_count(d_model, _split(total, shares, unit), outs, config, mixer, settings) - target
 
     total = n * unit
     while excess(total + unit) < 0:
         total += unit
     total = min(total, total + unit, key=lambda t: abs(excess(t)))
-    return _split(total, n, unit), outs
+    return _split(total, shares, unit), outs
 
 
 def parameter_count(
     d_model: int, inners: list[int], outs: list[int], config: SerpentConfig, mixer: type[Mixer], settings: Any
 ) -> int:
-    total = 0 if list(config.rates) == [1.0] else d_model * d_model
+    total, norm = d_model * d_model * projected(config), d_model * (config.depth > 1)
     for rate, inner, out in zip(config.rates, inners, outs):
-        total += mixer.parameter_count(mixer_width(d_model, out, rate, config), inner, out, settings)
+        block = mixer.parameter_count(mixer_width(d_model, out, rate, config), inner, out, settings)
+        total += config.depth * (block + norm)
         if rate != 1:
             window = {"integrated": config.n_bases * d_model, "segment_mean": 0,
                       "pointwise": POINTWISE_TAPS * (d_model + config.n_bases) * out}[config.window]
@@ -278,9 +300,10 @@ def parameter_count(
 
 def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, itemsize: int, length: int) -> float:
     """What a GPU keeps of one token for the backward pass, the input left out. length: tokens of a row."""
-    total = itemsize * d_model  # the branches' outputs side by side
+    total = itemsize * d_model * projected(config)  # the branches' outputs side by side
+    norm = (4 + itemsize) * d_model * (config.depth > 1)  # the run's residual stream, and what the norm makes of it
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-        element = mixer.kept_bytes(inner, settings, itemsize)
+        element = config.depth * (mixer.kept_bytes(inner, settings, itemsize) + norm)
         if rate == 1:
             total += element
             continue
@@ -293,10 +316,10 @@ def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings
 
 def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, length: int) -> tuple[float, float]:
     """Forward FLOPs per token at the target rates, in rows of `length` tokens: (matrix products, the rest)."""
-    matmul, rest = (0.0 if list(config.rates) == [1.0] else 2.0 * d_model * d_model), 0.0
+    matmul, rest = 2.0 * d_model * d_model * projected(config), 0.0
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
         m, r = mixer.flops(mixer_width(d_model, out, rate, config), inner, out, settings, max(1, round(rate * length)))
-        matmul, rest = matmul + rate * m, rest + rate * r
+        matmul, rest = matmul + rate * config.depth * m, rest + rate * config.depth * r
         if rate != 1:
             taps, bases = sampling(rate, config).window_taps, config.n_bases
             if config.window == "integrated":
@@ -310,7 +333,8 @@ def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any
     return matmul, rest
 
 
-def _split(total: int, parts: int, unit: int) -> list[int]:
-    """`total` over `parts` as evenly as multiples of `unit` allow, the first taking what is over."""
-    share = total // (parts * unit) * unit
-    return [total - share * (parts - 1)] + [share] * (parts - 1)
+def _split(total: int, shares: list[float], unit: int) -> list[int]:
+    """`total` by the shares, as nearly as multiples of `unit` allow, one at least; the first takes what is over."""
+    spare = total // unit - len(shares)
+    rest = [(1 + math.floor(spare * share / sum(shares) + 1e-9)) * unit for share in shares[1:]]
+    return [total - sum(rest), *rest]
