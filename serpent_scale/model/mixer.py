@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,27 @@ class Mixer(nn.Module):
     def kept_bytes(d_inner: int, config: Any, itemsize: int) -> float:
         """What a GPU keeps of one token for the backward pass, the input left out."""
         raise NotImplementedError
+
+
+def to_front(x: Tensor, documents: Documents) -> tuple[Tensor, Documents, Callable[[Tensor], Tensor]]:
+    """x (B, L, d) and its documents with the slots in use first in each row, where a shard of compressed rows has others before
+    them; and what moves outputs (B, L, ...) back. For mixers whose reach is 0: they read nothing of those others."""
+    if documents.live is None:
+        return x, documents, lambda y: y
+    at = torch.arange(x.shape[1], device=x.device)
+    n_live = documents.live.sum(1)
+    first = (documents.n_live - n_live)[:, None]
+    forth, back = (at + first).clamp(max=x.shape[1] - 1), (at - first).clamp(min=0)
+    live = at < n_live[:, None]
+    moved = replace(
+        documents, reset=documents.reset.gather(1, forth) & live, live=live, n_live=n_live,
+        since_reset=documents.since_reset.gather(1, forth),
+    )
+    return _rows(x, forth), moved, lambda y: _rows(y, back)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def halo(given: Tensor | None, rows: Tensor, size: int) -> Tensor:

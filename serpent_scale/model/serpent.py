@@ -120,7 +120,8 @@ class Branch(nn.Module):
         start, end, taps = documents.shard.begin - before, u.shape[1], self.sampling.readout_taps
         if start > 0:
             window = self._carry(u, outlines, documents.shard.whole, start, window)
-        n_tail = self.slots(around.part(max(0, end - self.lead), end))
+        at_end = around.part(max(0, end - self.lead), end)
+        n_tail = self.slots(at_end)
         slots = self.slots(around) + n_tail
         x, clock, window = compress(
             u, self.window_basis, self.clock_weight, self.clock_bias, around.reset, self.sampling, slots, window
@@ -129,16 +130,19 @@ class Branch(nn.Module):
         documents.shard.emitted(clock.n_live - _emitted(clock, before))
         slot = torch.arange(slots, device=u.device)
         live = (slot >= first[:, None]) & (slot < last[:, None])
-        begun = self.inner.begin(
-            x, x[:, :0], Documents(clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last), inner
+        elements = Documents(
+            clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last, pieces=around.pieces
         )
+        begun = self.inner.begin(x, x[:, :0], elements, inner)
 
         def finish(*ran: Tensor) -> tuple[Tensor, BranchState]:
             y, state = begun.finish(*ran)
             tail = last[:, None] + slot[:n_tail]
             live = tail < clock.n_live[:, None]
-            elements = Documents(clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail))
-            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), elements, state)
+            documents = Documents(
+                clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail), pieces=at_end.pieces
+            )
+            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), documents, state)
             y = y.scatter(1, _columns(tail, y_tail), y_tail.to(y.dtype))
             # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
             earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs

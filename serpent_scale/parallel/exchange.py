@@ -48,16 +48,18 @@ class Ring:
         return [_tensors(part, block) for part, block in zip(received.split(sizes), forms)]
 
     def gather(self, tensors: list[Tensor], meanwhile: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """Each with a leading dimension for the ranks, (P, ...). They share a dtype. meanwhile() is called with the message under
-        way."""
-        flat = torch.cat([t.flatten() for t in tensors])
+        """Each with a leading dimension for the ranks, (P, ...). They share a dtype, complex ones that of their parts. meanwhile()
+        is called with the message under way."""
+        reals = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+        flat = torch.cat([t.flatten() for t in reals])
         out = flat.new_empty(self.size * len(flat))
         under_way = dist.all_gather_into_tensor(out, flat, group=self.group, async_op=True)
         meanwhile()
         under_way.wait()
         self.traffic.count((self.size - 1) * flat.numel() * flat.element_size())
-        parts = out.view(self.size, -1).split([t.numel() for t in tensors], 1)
-        return [part.unflatten(1, t.shape) for part, t in zip(parts, tensors)]
+        parts = out.view(self.size, -1).split([t.numel() for t in reals], 1)
+        parts = [part.unflatten(1, t.shape) for part, t in zip(parts, reals)]
+        return [torch.complex(*part.unbind(-1)) if t.is_complex() else part for part, t in zip(parts, tensors)]
 
 
 def _size(form: Form) -> int:
@@ -85,6 +87,9 @@ class RowsBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ring: Ring, borders: list[int], reach: int, outline: Tensor | None):
         """borders: where shards begin, and the end. outline (P, ...): what to tell each rank; of later ones it reaches."""
+        ctx.ring, ctx.silent = ring, reach == 0 and outline is None
+        if ctx.silent:
+            return x, x.new_empty(len(x), 0, x.shape[2]), None
         p, begin = ring.rank, borders[ring.rank]
         wanted = [(max(0, a - reach), a) for a in borders[:-1]]  # of the rows, by each rank
         sends = [_overlap(wanted[q], borders[p : p + 2]) for q in range(ring.size)]
@@ -98,7 +103,7 @@ class RowsBefore(torch.autograd.Function):
                 if q < p:
                     forms[q].insert(0, (outline[q].shape, outline.dtype))
         received = ring.swap(blocks, forms)
-        ctx.ring, ctx.sends, ctx.comes, ctx.begin = ring, sends, comes, begin
+        ctx.sends, ctx.comes, ctx.begin = sends, comes, begin
         before = torch.cat([block[-1] for block in received], 1)
         outlines = torch.stack([block[0] for block in received[:p]]) if outline is not None and p else None
         if outlines is not None:
@@ -108,6 +113,8 @@ class RowsBefore(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_x, grad_before, _):
+        if ctx.silent:
+            return grad_x, None, None, None, None
         begin, sizes = ctx.begin, [hi - lo for lo, hi in ctx.comes]
         blocks = [[part] for part in grad_before.split(sizes, 1)]
         forms = [[(grad_x[:, lo - begin : hi - begin].shape, grad_x.dtype)] for lo, hi in ctx.sends]
@@ -128,7 +135,7 @@ def states_before(
     ring: Ring, phases: list[Phases], initial: list[Tensor | None], meanwhile: Callable[[], None]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The state before this shard, for each scan, and the spans of all shards (P, ...). initial: before the whole rows."""
-    gathered = ring.gather([t for part in phases for t in (part.state, part.span.to(part.state.dtype))], meanwhile)
+    gathered = ring.gather([t for part in phases for t in (part.state, part.span.to(part.state.real.dtype))], meanwhile)
     found, spans = [], gathered[1::2]
     for part, states, span, given in zip(phases, gathered[::2], spans, initial):
         if given is not None:
@@ -177,7 +184,7 @@ class Continue(torch.autograd.Function):
             if len(later):
                 between = torch.zeros_like(spans)
                 between[1:] = spans[:-1].cumsum(0)
-                carried = (ctx.parts[i][0](between) * later).sum(0).to(outputs[2 * i + 1].dtype)
+                carried = (ctx.parts[i][0](between).conj() * later).sum(0).to(outputs[2 * i + 1].dtype)
                 after = found[2 * i + 1]
                 found[2 * i + 1] = carried if after is None else after + carried
         return None, None, None, *found, *(None,) * (len(tensors) - 2 * n)
