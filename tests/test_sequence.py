@@ -7,6 +7,7 @@ import torch
 from ranks import run_ranks
 from serpent_scale.config import parse_config
 from serpent_scale.model import serpent
+from serpent_scale.model.attention import AttentionState
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 
@@ -18,10 +19,13 @@ CASES = {
     "s4d": dict(pattern=["s4d", "s4d"], length=151),
     "s4d by fft": dict(pattern=["s4d"], length=151, convolution="fft", rows=1),
     "s5": dict(pattern=["s5", "s5"], length=83),
+    "attention": dict(pattern=["attention", "attention"], length=83),
     "serpent": dict(pattern=["mamba", "serpent"], length=203),
     "serpent around mamba2": dict(pattern=["serpent"], inner="mamba2", length=203),
     "serpent around s4d": dict(pattern=["serpent"], inner="s4d", length=203),
     "serpent around s5": dict(pattern=["serpent", "s5"], inner="s5", length=203),
+    "serpent around attention": dict(pattern=["serpent", "attention"], inner="attention", length=203),
+    "attention in short shards": dict(pattern=["serpent"], inner="attention", horizon=0.5, length=27),
     "halos over several shards": dict(pattern=["serpent", "serpent"], horizon=0.5, length=27),
     "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),
     "uniform clock": dict(pattern=["serpent"], length=101, clock="uniform", rates=[0.5], decompress_taps=1),
@@ -38,6 +42,7 @@ def build(pattern, length=0, rows=2, dtype=torch.float64, checkpointing=False, s
         "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": len(pattern), "pattern": pattern,
                   "mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "head_dim": 4},
                   "s4d": {"d_state": 6, "dt_min": 0.01, "convolution": convolution}, "s5": {"d_state": 8, "n_blocks": 2, "dt_min": 0.01},
+                  "attention": {"head_dim": 4, "queries_per_key": 2},
                   "serpent": {"inner": inner, "band": 2.0, **settings}},
         "training": {"max_steps": 1000},
     })
@@ -94,6 +99,9 @@ class Emissions(list):
 
 
 def tensors(value):
+    if isinstance(value, AttentionState):  # places in use alone
+        used = torch.arange(value.keys.shape[1]) < value.count[:, None]
+        return [value.count, *(t[used] for t in value[:2])]
     return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in tensors(part)]
 
 
@@ -201,7 +209,7 @@ def test_no_output_before_a_changed_token_moves_by_a_bit(world_size):
 def test_a_layer_makes_at_most_two_exchanges_forward_and_two_backward(world_size):
     for name, case in CASES.items():
         # Without a convolution or a clock nothing is to be told before the states.
-        exchanges = sum(1 if mixer in ("s4d", "s5") else 2 for mixer in case["pattern"])
+        exchanges = sum(1 if mixer in ("s4d", "s5", "attention") else 2 for mixer in case["pattern"])
         recomputed = exchanges if case.get("checkpointing") else 0
         assert results(world_size)[0][name][5] == (exchanges, exchanges + recomputed), name
 

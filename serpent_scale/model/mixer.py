@@ -13,14 +13,27 @@ from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
 
 
-class Begun(NamedTuple):
-    """A mixer at work on a shard: its scan in phases, and what is left to do after it.
+class Told(NamedTuple):
+    """What all later shards are told, where no state sums up what is before them (attention).
 
-    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
-    what phases.run returned. meanwhile(): work that need not wait for the state before the shard.
+    rows (B, sizes[of this shard], w) and facts (..., B) int64, without gradients; sizes: of all shards.
+    run(rows of the earlier shards (B, sum of their sizes, w), their facts (how many, ..., B)) -> (y, state after).
     """
 
-    phases: Phases
+    rows: Tensor
+    facts: Tensor
+    sizes: tuple[int, ...]
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+
+
+class Begun(NamedTuple):
+    """A mixer at work on a shard: its scan in phases, or what it tells later shards, and what is left to do then.
+
+    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
+    what phases.run returned. meanwhile(): work that need not wait for the state before the shard. The last two: of scans alone.
+    """
+
+    phases: Phases | Told
     initial: Tensor | None
     finish: Callable[..., tuple[Tensor, Any]]
     meanwhile: Callable[[], None] = lambda: None

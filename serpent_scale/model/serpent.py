@@ -6,6 +6,8 @@ Legend: B batch, L tokens, Q read-out taps, M Gaussian bases.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
-from serpent_scale.model.documents import FAR, Documents
+from serpent_scale.model.documents import FAR, Documents, Shard
 from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.states import join_rows, take_rows
 
@@ -131,7 +133,8 @@ class Branch(nn.Module):
         slot = torch.arange(slots, device=u.device)
         live = (slot >= first[:, None]) & (slot < last[:, None])
         elements = Documents(
-            clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last, pieces=around.pieces
+            clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last, pieces=around.pieces,
+            shard=replace(documents.shard, sizes=lambda: self._sizes(documents.shard)),
         )
         begun = self.inner.begin(x, x[:, :0], elements, inner)
 
@@ -150,6 +153,11 @@ class Branch(nn.Module):
             return z[:, before:], BranchState(window, state, tail_out)
 
         return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
+
+    def _sizes(self, shard: Shard) -> tuple[int, ...]:
+        """Room for the elements that each shard scans: of its tokens, a lead earlier."""
+        ends = [max(0, token - self.lead) for token in accumulate(shard.sizes(), initial=0)]
+        return tuple(self.slots(shard.whole.part(begin, end)) for begin, end in pairwise(ends))
 
     def _carry(self, u: Tensor, outlines: list[Tensor], whole: Documents, start: int, given: Carry | None) -> Carry:
         """As compression begins at token `start` > 0 of the rows: nothing that is needed looks further back than it."""
