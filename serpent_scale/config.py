@@ -249,6 +249,7 @@ class EvaluationConfig:
     every: int = setting(1000, "steps between evaluations; 0: only at the end", ge=0)
     split: str = setting("validation", "split of the data folder to evaluate on")
     max_windows: Optional[int] = setting(512, "windows per evaluation; null: the whole split", ge=1)
+    carry_state: bool = setting(False, "hand states on through each document; false: each window from an empty one")
 
 
 @dataclass

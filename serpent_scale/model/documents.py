@@ -78,13 +78,16 @@ class Documents:
 class Shard:
     """Where a piece of longer rows comes from, for a model that works on it together with whoever holds the rest.
 
-    whole: the documents of the rows; begin: the rows' token that is the piece's first.
+    whole: the documents of the rows; begin: the rows' token that is the piece's first; number: the piece's among all.
+    sizes(): slots in which each of the pieces holds what is its own, of tokens or of the elements of a branch.
     mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.begin_all`.
     emitted(n (B,) int64): told how many elements each branch of a SeRpEnt layer emitted at this piece's tokens.
     """
 
     whole: Documents
     begin: int
+    number: int
+    sizes: Callable[[], tuple[int, ...]]
     mix: Callable
     emitted: Callable[[Tensor], None]
 

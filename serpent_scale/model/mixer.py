@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,27 @@ from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
 
 
-class Begun(NamedTuple):
-    """A mixer at work on a shard: its scan in phases, and what is left to do after it.
+class Told(NamedTuple):
+    """What all later shards are told, where no state sums up what is before them (attention).
 
-    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
-    what phases.run returned. meanwhile(): work that need not wait for the state before the shard.
+    rows (B, sizes[of this shard], w) and facts (..., B) int64, without gradients; sizes: of all shards.
+    run(rows of the earlier shards (B, sum of their sizes, w), their facts (how many, ..., B)) -> (y, state after).
     """
 
-    phases: Phases
+    rows: Tensor
+    facts: Tensor
+    sizes: tuple[int, ...]
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+
+
+class Begun(NamedTuple):
+    """A mixer at work on a shard: its scan in phases, or what it tells later shards, and what is left to do then.
+
+    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
+    what phases.run returned. meanwhile(): work that need not wait for the state before the shard. The last two: of scans alone.
+    """
+
+    phases: Phases | Told
     initial: Tensor | None
     finish: Callable[..., tuple[Tensor, Any]]
     meanwhile: Callable[[], None] = lambda: None
@@ -97,6 +111,27 @@ class Mixer(nn.Module):
     def kept_bytes(d_inner: int, config: Any, itemsize: int) -> float:
         """What a GPU keeps of one token for the backward pass, the input left out."""
         raise NotImplementedError
+
+
+def to_front(x: Tensor, documents: Documents) -> tuple[Tensor, Documents, Callable[[Tensor], Tensor]]:
+    """x (B, L, d) and its documents with the slots in use first in each row, where a shard of compressed rows has others before
+    them; and what moves outputs (B, L, ...) back. For mixers whose reach is 0: they read nothing of those others."""
+    if documents.live is None:
+        return x, documents, lambda y: y
+    at = torch.arange(x.shape[1], device=x.device)
+    n_live = documents.live.sum(1)
+    first = (documents.n_live - n_live)[:, None]
+    forth, back = (at + first).clamp(max=x.shape[1] - 1), (at - first).clamp(min=0)
+    live = at < n_live[:, None]
+    moved = replace(
+        documents, reset=documents.reset.gather(1, forth) & live, live=live, n_live=n_live,
+        since_reset=documents.since_reset.gather(1, forth),
+    )
+    return _rows(x, forth), moved, lambda y: _rows(y, back)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def halo(given: Tensor | None, rows: Tensor, size: int) -> Tensor:

@@ -6,7 +6,9 @@ Legend: B batch, L tokens, Q read-out taps, M Gaussian bases.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
-from serpent_scale.model.documents import FAR, Documents
+from serpent_scale.model.documents import FAR, Documents, Shard
 from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.stack import Stack
 from serpent_scale.model.states import join_rows, take_rows
@@ -126,7 +128,8 @@ class Branch(nn.Module):
         start, end, taps = documents.shard.begin - before, u.shape[1], self.sampling.readout_taps
         if start > 0:
             window = self._carry(u, outlines, documents.shard.whole, start, window)
-        n_tail = self.slots(around.part(max(0, end - self.lead), end))
+        at_end = around.part(max(0, end - self.lead), end)
+        n_tail = self.slots(at_end)
         slots = self.slots(around) + n_tail
         x, clock, window = compress(
             u, self.window_basis, self.clock_weight, self.clock_bias, around.reset, self.sampling, slots, window
@@ -135,16 +138,20 @@ class Branch(nn.Module):
         documents.shard.emitted(clock.n_live - _emitted(clock, before))
         slot = torch.arange(slots, device=u.device)
         live = (slot >= first[:, None]) & (slot < last[:, None])
-        begun = self.inner.begin(
-            x, x[:, :0], Documents(clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last), inner
+        elements = Documents(
+            clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last, pieces=around.pieces,
+            shard=replace(documents.shard, sizes=lambda: self._sizes(documents.shard)),
         )
+        begun = self.inner.begin(x, x[:, :0], elements, inner)
 
         def finish(*ran: Tensor) -> tuple[Tensor, BranchState]:
             y, state = begun.finish(*ran)
             tail = last[:, None] + slot[:n_tail]
             live = tail < clock.n_live[:, None]
-            elements = Documents(clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail))
-            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), elements, state)
+            documents = Documents(
+                clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail), pieces=at_end.pieces
+            )
+            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), documents, state)
             y = y.scatter(1, _columns(tail, y_tail), y_tail.to(y.dtype))
             # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
             earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs
@@ -152,6 +159,11 @@ class Branch(nn.Module):
             return z[:, before:], BranchState(window, state, tail_out)
 
         return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
+
+    def _sizes(self, shard: Shard) -> tuple[int, ...]:
+        """Room for the elements that each shard scans: of its tokens, a lead earlier."""
+        ends = [max(0, token - self.lead) for token in accumulate(shard.sizes(), initial=0)]
+        return tuple(self.slots(shard.whole.part(begin, end)) for begin, end in pairwise(ends))
 
     def _carry(self, u: Tensor, outlines: list[Tensor], whole: Documents, start: int, given: Carry | None) -> Carry:
         """As compression begins at token `start` > 0 of the rows: nothing that is needed looks further back than it."""

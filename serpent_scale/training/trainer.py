@@ -25,7 +25,7 @@ from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel import watchdog
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
 from serpent_scale.parallel.sequence import Sequence, load
-from serpent_scale.training import badsteps, signals
+from serpent_scale.training import badsteps, signals, validation
 from serpent_scale.training.engine import build_engine, check_gradients, loss_divisor
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.metrics import Metrics
@@ -247,21 +247,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
-        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks; None if a signal came."""
-        stream, rows = self.validation, self.config.training.micro_batch
+        """Mean cross-entropy over windows of the evaluation split, shared by all ranks; None if a signal came."""
+        stream, rows, carry = self.validation, self.config.training.micro_batch, self.config.evaluation.carry_state
         windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
-        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.replicas
+        totals, states = torch.zeros(2, dtype=torch.float64, device=self.processes.device), None
         accumulation = self.config.grad_accumulation(self.processes.world_size, self.step)
         self.engine.eval()
-        for i, first in enumerate(range(self.replica * rows, windows + self.replica * rows, stride)):
+        passes = validation.in_order if carry else validation.apart
+        for i, batch in enumerate(passes(stream, windows, rows, self.replicas, self.replica)):
             watchdog.beat(f"evaluation after step {self.step}")
             if i % accumulation == 0 and self._agree_to_stop():  # about as often as in training
                 self.engine.train()
                 return None
-            # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
-            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device, self.sequence)
-            batch.labels[max(0, windows - first) :] = -100
-            totals += self._totals(self._loss(batch), batch)
+            batch = DeviceBatch.of(batch, self.processes.device, self.sequence)
+            loss_sum, after = self.engine(batch.tokens, batch.documents, batch.labels, states)
+            if carry:
+                states = self.sequence.last_states(after) if self.sequence else after
+            totals += self._totals(loss_sum, batch)
         self.engine.train()
         all_reduce_sum(totals)
         loss = (totals[0] / totals[1]).item()
