@@ -30,21 +30,22 @@ from serpent_scale.evaluation.perplexity import TokenText, score
 from serpent_scale.model.accounting import flops_per_token, parameter_counts
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.model.placements import placements
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.optimizer import GuardedAdamW, learning_rate, parameter_groups
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE = "mamba"
-VARIANTS = {  # pattern, settings of SeRpEnt
-    "mamba": (["mamba"], {}),
-    "uniform": (["serpent"], {"clock": "uniform"}),
-    "learned": (["serpent"], {}),
-    "stride": (["serpent"], {"clock": "stride"}),
-    "segment_mean": (["serpent"], {"window": "segment_mean"}),
-    "paper": (["serpent"], {"window": "pointwise", "restore": "hold"}),
-    "hold": (["serpent"], {"restore": "hold"}),
-    "alternating_uniform": (["mamba", "serpent"], {"clock": "uniform"}),
-    "alternating": (["mamba", "serpent"], {}),
+PLACES = [name for name in placements(ModelConfig()) if name != REFERENCE]
+LEARNED, UNIFORM = {}, {"clock": "uniform"}
+VARIANTS = {  # where compression sits (serpent_scale/model/placements.py), settings of SeRpEnt
+    "mamba": ("mamba", {}),
+    **{f"{place} uniform": (place, UNIFORM) for place in PLACES},
+    **{f"{place} learned": (place, LEARNED) for place in PLACES},
+    "serpent stride": ("serpent", {"clock": "stride"}),
+    "serpent segment mean": ("serpent", {"window": "segment_mean"}),
+    "serpent figure 2": ("serpent", {"window": "pointwise", "restore": "hold"}),
+    "serpent held": ("serpent", {"restore": "hold"}),
 }
 SHORTER = (0.5, 0.7)  # of the tokens: what Mamba is also trained on
 
@@ -68,10 +69,10 @@ class Setup:
     length: int
 
     def model(self, variant: str) -> ModelConfig:
-        pattern, settings = VARIANTS[variant]
-        return ModelConfig(
-            vocab_size=self.vocab_size, d_model=self.d_model, n_layers=self.n_layers, pattern=pattern, serpent=SerpentConfig(**settings)
-        )
+        place, settings = VARIANTS[variant]
+        return placements(ModelConfig(
+            vocab_size=self.vocab_size, d_model=self.d_model, n_layers=self.n_layers, serpent=SerpentConfig(**settings)
+        ))[place]
 
 
 class Trainer:
@@ -241,13 +242,13 @@ def main() -> None:
     if not read(arguments.out):
         head = {"setup": dataclasses.asdict(setup), "tokens": arguments.tokens, "search_tokens": arguments.search_tokens}
         arguments.out.write_text(json.dumps(head) + "\n")
-    if "search" in arguments.phase:
+    if "search" in arguments.phase and len(arguments.lrs) > 1:
         search = [Job(variant, lr, 0, arguments.search_tokens) for variant in arguments.only for lr in arguments.lrs]
         run_all(search, setup, arguments.out, arguments.workers)
     if "train" in arguments.phase:
         jobs, lines = [], read(arguments.out)
         for variant in arguments.only:
-            lr = best_lr(lines, variant, arguments.search_tokens, "own")
+            lr = best_lr(lines, variant, arguments.search_tokens, "own") if len(arguments.lrs) > 1 else arguments.lrs[0]
             if lr is None:
                 continue
             lengths = [arguments.tokens, *(int(share * arguments.tokens) for share in SHORTER * (variant == REFERENCE))]
