@@ -143,6 +143,11 @@ class SerpentConfig:
     restore: str = setting(
         "readout", "outputs at full length: readout by bases; hold, each until the next", choices=("readout", "hold")
     )
+    teach: str = setting(
+        "durations", "what teaches a learned clock besides its durations: confidence in what it did; surprise of the token, or "
+        "of the next; worth of emitting there", choices=("durations", "confidence", "surprise", "next_surprise", "worth"),
+    )
+    teach_weight: float = setting(0.03, "weight of the term of the loss that `teach` adds", ge=0)
 
 
 @dataclass
@@ -491,6 +496,9 @@ def _check_combinations(config: Config) -> None:
         if abs(rate * round(1 / rate) - 1) > 1e-3:
             raise UserError(f"model.serpent.rates={rates}: with model.serpent.clock=stride each rate is 1 / n, {rate} is not; "
                             f"set it to {1 / round(1 / rate):.6g}")  # fmt: skip
+    if model.serpent.teach != "durations" and model.serpent.clock != "learned":
+        raise UserError(f"model.serpent.teach={model.serpent.teach} teaches a learned clock, model.serpent.clock is "
+                        f"{model.serpent.clock}; set model.serpent.clock=learned or model.serpent.teach=durations")  # fmt: skip
     for name in MIXERS:
         mixer, path = getattr(model, name), f"model.{name}"
         if int(mixer.expand * model.d_model) < 1:
@@ -562,7 +570,8 @@ def _check_shards(config: Config) -> None:
     length = min(stage.seq_len for stage in config.samples.stages)
     halos, used = {}, set(model.pattern)
     if "serpent" in used:
-        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout")):
+        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout"),
+                             ("teach", "durations")):  # fmt: skip
             value = getattr(model.serpent, key)
             if value not in sharded.split(" or "):
                 raise UserError(f"parallel.sequence={parts}: model.serpent.{key}={value} has no form for shards of a sequence; "

@@ -17,6 +17,7 @@ from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_
 from serpent_scale.model.documents import FAR, Documents
 from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.states import join_rows, take_rows
+from serpent_scale.model.teaching import teach
 
 
 POINTWISE_TAPS = 3  # K of the paper's figure 2
@@ -47,6 +48,7 @@ class Branch(nn.Module):
             start = (rate - low) / (self.sampling.high - low)
             self.clock_weight = nn.Parameter(torch.zeros(d))
             self.clock_bias = nn.Parameter(torch.tensor([math.log(start / (1 - start))]))
+        self.teach = config.teach
         for parameter in self.parameters(recurse=False):
             parameter._no_weight_decay = True
 
@@ -73,6 +75,8 @@ class Branch(nn.Module):
         else:
             y, inner = self.inner(x, elements, inner)
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
+        if documents.lessons is not None and self.teach != "durations":
+            z = teach(self.teach, z, y, u, self.clock_weight, self.clock_bias, clock, self.sampling, documents)
         return z, BranchState(window, inner, outputs)
 
     def _step(self, x: Tensor, elements: Documents, state: Any) -> tuple[Tensor, Any]:
