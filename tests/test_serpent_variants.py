@@ -14,6 +14,7 @@ from serpent_scale.model import accounting, teaching
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.routing import RoutedBranch, ratio_loss
 from serpent_scale.model.serpent import Branch, Serpent
 
 VARIANTS = {
@@ -22,6 +23,7 @@ VARIANTS = {
     "figure 2 and 3": dict(window="pointwise", restore="hold"),
     "blocks, mean, held": dict(clock="stride", window="segment_mean", restore="hold"),
     "uniform, figure 2": dict(clock="uniform", window="pointwise"),
+    "routed": dict(clock="routed"),
 }
 
 
@@ -178,7 +180,8 @@ def test_a_layer_has_as_many_parameters_as_a_mamba_layer_and_its_flops_follow(na
 
 @pytest.mark.parametrize("overrides, words", [
     (dict(clock="stride", rates=[1.0, 0.3]), ["model.serpent.rates", "stride", "0.3", "0.333333"]),
-    (dict(clock="fixed"), ["model.serpent.clock", "learned, uniform, stride"]),
+    (dict(clock="fixed"), ["model.serpent.clock", "learned, uniform, stride, routed"]),
+    (dict(clock="routed", restore="hold"), ["model.serpent.restore=hold", "clock=routed", "readout"]),
     (dict(clock="uniform", teach="worth"), ["model.serpent.teach=worth", "model.serpent.clock is uniform"]),
 ])  # fmt: skip
 def test_refused(overrides, words):
@@ -188,13 +191,85 @@ def test_refused(overrides, words):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("clock", "stride"), ("window", "segment_mean"), ("window", "pointwise"), ("restore", "hold"),
+    ("clock", "stride"), ("window", "segment_mean"), ("window", "pointwise"), ("restore", "hold"), ("clock", "routed"),
     ("teach", "confidence"),
 ])  # fmt: skip
 def test_shards_of_a_sequence_are_refused(key, value):
     config = {"model": {"serpent": {key: value, "rates": [1.0, 0.5]}}, "training": {"max_steps": 1000}}
     with pytest.raises(UserError, match=f"parallel.sequence=2: model.serpent.{key}={value}"):
         parse_config(config | {"parallel": {"sequence": 2}})
+
+
+# ---- routing -----------------------------------------------------------------------------------------------------------
+
+
+def routed_by_loop(branch, u, fires=None, sure=None):
+    """Outputs (L, d) of a routed branch around `Twice` over one document, float64 tensors, and p. fires, sure: who emits, and
+    what the outputs are divided by, if not what p says: with those of other parameters, what gradients are of."""
+    unit = torch.nn.functional.normalize
+    p, smoothed, out = [], None, []
+    for l, token in enumerate(u):
+        likeness = unit(branch.query_weight @ token, dim=0) @ unit(branch.key_weight @ u[l - 1], dim=0)
+        p.append((1 - likeness) / 2 if l else u.new_ones(()))
+        emits = p[l] >= 0.5 if fires is None else fires[l]
+        if emits:
+            smoothed = 2 * token if smoothed is None else p[l] * 2 * token + (1 - p[l]) * smoothed
+        certainty = p[l] if emits else 1 - p[l]
+        out.append(smoothed if sure is None else smoothed * (1 + certainty - sure[l]))
+    return torch.stack(out), torch.stack(p)
+
+
+@pytest.fixture
+def routed():
+    torch.manual_seed(2)
+    branch = RoutedBranch(Twice(), 6, 6, 0.25).double()
+    nn.init.normal_(branch.key_weight, std=0.5)
+    return branch
+
+
+def test_routed_outputs_equal_a_loop(routed):
+    lengths = (2, 150, 1, 20)
+    x, documents = packed(lengths, 6)
+    want = torch.cat([routed_by_loop(routed, part)[0] for part in x[0].split(lengths)])
+    got, _ = routed(x, documents)
+    assert (got[0] - want).abs().max() < 1e-12
+    states, ys = None, []
+    with torch.no_grad():
+        for part, piece in pieces(documents, list(range(sum(lengths) + 1))):
+            y, states = routed(x[:, part], piece, states)
+            ys.append(y)
+    assert (torch.cat(ys, 1)[0] - want).abs().max() < 1e-12
+
+
+def test_gradients_of_routing_match_finite_differences(routed):
+    x, documents = packed((40,), 6)
+    direction, probe = torch.randn(40, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
+    (routed(x, documents)[0][0] * direction).sum().backward()
+    with torch.no_grad():
+        p = routed_by_loop(routed, x[0])[1]
+        fires, sure, losses = p >= 0.5, torch.where(p >= 0.5, p, 1 - p), []
+        for side in (1e-6, -1e-6):
+            routed.query_weight += side * probe
+            losses.append((routed_by_loop(routed, x[0], fires, sure)[0] * direction).sum().item())
+            routed.query_weight -= side * probe
+    numeric = (losses[0] - losses[1]) / 2e-6
+    assert abs(float((routed.query_weight.grad * probe).sum()) - numeric) < 1e-6 * max(1.0, abs(numeric)) and abs(numeric) > 1e-3
+
+
+def test_the_ratio_loss_is_least_at_the_rate_and_counts_labelled_tokens_alone():
+    rate = 0.25
+    known = torch.arange(80).view(2, 40) < 60
+    losses = teaching.Losses(torch.zeros(2, 40), known, torch.zeros_like(known))
+
+    def at(share):
+        p = torch.full((2, 40), share, requires_grad=True)
+        loss = ratio_loss(p, torch.arange(80).view(2, 40) < round(60 * share), rate, losses)
+        return loss.item(), torch.autograd.grad(loss, p)[0]
+
+    assert at(rate)[0] == pytest.approx(1) and at(0.5)[0] == pytest.approx(4 / 3) and at(0.0)[0] == pytest.approx(4 / 3)
+    for share, sign in ((0.5, 1), (0.1, -1)):  # too many emit: p is to fall
+        gradient = at(share)[1]
+        assert (gradient[known] * sign > 0).all() and not gradient[~known].any()
 
 
 # ---- teaching ----------------------------------------------------------------------------------------------------------
@@ -226,23 +301,25 @@ def gradients_of(model, *batch):
     return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("how", TEACHERS)
+@pytest.mark.parametrize("how", [*TEACHERS, "routed"])
 def test_lessons_move_gradients_and_not_the_loss_also_where_blocks_are_recomputed(how):
-    model, *batch = model_and_batch(teach=how, teach_weight=0.1)
+    serpent = dict(clock="routed") if how == "routed" else dict(teach=how)
+    model, *batch = model_and_batch(**serpent, teach_weight=0.1)
     loss, taught = gradients_of(model, *batch)
     model.activation_checkpointing = True
     again, recomputed = gradients_of(model, *batch)
     assert torch.equal(loss, again) and all(torch.equal(g, recomputed[name]) for name, g in taught.items())
     with torch.no_grad():
         assert torch.equal(model(*batch)[0], loss)
-    plain, *batch = model_and_batch(teach=how, teach_weight=0.0)
+    plain, *batch = model_and_batch(**serpent, teach_weight=0.0)
     plain.load_state_dict(model.state_dict())
-    object.__setattr__(plain.config.serpent, "teach", "durations")
+    if how != "routed":
+        object.__setattr__(plain.config.serpent, "teach", "durations")
     same, alone = gradients_of(plain, *batch)
     moved = {name for name, gradient in alone.items() if not torch.allclose(gradient, taught[name], rtol=1e-9, atol=1e-12)}
-    heads = {name for name in alone if "clock" in name}
+    heads = {name for name in alone if "clock" in name or "query_weight" in name or "key_weight" in name}
     assert torch.equal(same, loss) and heads <= moved
-    if how != "confidence":
+    if how not in ("confidence", "routed"):
         assert moved == heads
 
 

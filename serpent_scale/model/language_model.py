@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
     @property
     def has_lessons(self) -> bool:
         """Whether something besides the loss teaches SeRpEnt's clocks."""
-        return self.config.serpent.teach != "durations"
+        return self.config.serpent.clock == "routed" or self.config.serpent.teach != "durations"
 
     @property
     def fixed_shapes(self) -> bool:
