@@ -135,8 +135,8 @@ class SerpentConfig:
     n_bases: int = setting(6, "Gaussian bases of the window and of the read-out", ge=2)
     decompress_taps: int = setting(2, "compressed outputs the read-out sees", ge=1)
     clock: str = setting(
-        "learned", "who emits: learned intervals; uniform, all at the rate; stride, blocks of 1 / rate tokens",
-        choices=("learned", "uniform", "stride"),
+        "learned", "who emits: learned intervals; uniform, all at the rate; stride, blocks of 1 / rate tokens; routed, who is "
+        "unlike the token before (H-Net)", choices=("learned", "uniform", "stride", "routed"),
     )
     window: str = setting(
         "integrated", "what an element is: integrated bases; segment_mean of its grid cell; pointwise, figure 2 of the paper",
@@ -145,6 +145,11 @@ class SerpentConfig:
     restore: str = setting(
         "readout", "outputs at full length: readout by bases; hold, each until the next", choices=("readout", "hold")
     )
+    teach: str = setting(
+        "durations", "what teaches a learned clock besides its durations: confidence in what it did; surprise of the token, or "
+        "of the next; worth of emitting there", choices=("durations", "confidence", "surprise", "next_surprise", "worth"),
+    )
+    teach_weight: float = setting(0.03, "weight of the term of the loss that `teach` adds, or of the routed clock's ratio", ge=0)
 
 
 @dataclass
@@ -513,6 +518,13 @@ def _check_combinations(config: Config) -> None:
         if abs(rate * round(1 / rate) - 1) > 1e-3:
             raise UserError(f"model.serpent.rates={rates}: with model.serpent.clock=stride each rate is 1 / n, {rate} is not; "
                             f"set it to {1 / round(1 / rate):.6g}")  # fmt: skip
+    for key, only in (("window", "integrated"), ("restore", "readout")) if model.serpent.clock == "routed" else ():
+        if getattr(model.serpent, key) != only:
+            raise UserError(f"model.serpent.{key}={getattr(model.serpent, key)} has no meaning with model.serpent.clock=routed, "
+                            f"which has its own; leave it at {only}")  # fmt: skip
+    if model.serpent.teach != "durations" and model.serpent.clock != "learned":
+        raise UserError(f"model.serpent.teach={model.serpent.teach} teaches a learned clock, model.serpent.clock is "
+                        f"{model.serpent.clock}; set model.serpent.clock=learned or model.serpent.teach=durations")  # fmt: skip
     for name in MIXERS:
         mixer, path = getattr(model, name), f"model.{name}"
         if int(mixer.expand * model.d_model) < 1:
@@ -584,7 +596,8 @@ def _check_shards(config: Config) -> None:
     length = min(stage.seq_len for stage in config.samples.stages)
     halos, used = {}, set(model.pattern)
     if "serpent" in used:
-        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout"), ("depth", "1")):
+        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout"), ("depth", "1"),
+                             ("teach", "durations")):  # fmt: skip
             value = str(getattr(model.serpent, key))
             if value not in sharded.split(" or "):
                 raise UserError(f"parallel.sequence={parts}: model.serpent.{key}={value} has no form for shards of a sequence; "

@@ -1,6 +1,8 @@
 """The language model: embedding, pre-norm residual blocks, final norm, read-out. Legend: B rows, L tokens, V vocabulary."""
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +14,7 @@ from serpent_scale.model.mixer import Mixer
 from serpent_scale.model.mixers import build_mixer
 from serpent_scale.model.serpent import Branch
 from serpent_scale.model.stack import Block, RMSNorm
+from serpent_scale.model.teaching import add_lessons
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -33,13 +36,16 @@ class Readout(nn.Module):
         self.weight, self.vocab_size = weight, config.vocab_size
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, h: Tensor, y: Tensor, labels: Tensor | None = None, per_token: bool = False) -> Tensor:
+    def forward(
+        self, h: Tensor, y: Tensor, labels: Tensor | None = None, per_token: bool = False, with_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `LanguageModel.forward`. with_tokens: (the summed cross-entropy, that of each token without gradients)."""
         h, _ = self.norm(h, y)
         if labels is None:
             return (h @ self.weight.t())[..., : self.vocab_size]
         if per_token:
             return linear_token_nll(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size).view(labels.shape)
-        return linear_cross_entropy(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size)
+        return linear_cross_entropy(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size, per_token=with_tokens)
 
 
 class LanguageModel(nn.Module):
@@ -59,6 +65,11 @@ class LanguageModel(nn.Module):
         self.readout = Readout(weight, config)
 
     @property
+    def has_lessons(self) -> bool:
+        """Whether something besides the loss teaches SeRpEnt's clocks."""
+        return self.config.serpent.clock == "routed" or self.config.serpent.teach != "durations"
+
+    @property
     def fixed_shapes(self) -> bool:
         """Whether the shapes inside a pass follow from the tokens' and `slots`."""
         return all(m.fixed_shapes for m in self.modules() if isinstance(m, Mixer))
@@ -75,10 +86,14 @@ class LanguageModel(nn.Module):
         """tokens (B, L) int64. Returns (what was asked for, state of every block after the last token).
 
         Without labels: logits (B, L, vocab_size), or (B, 1, vocab_size) if last_only. With labels (B, L) int64, -100 where
-        none: the summed cross-entropy, or with per_token the cross-entropy (B, L) without gradients.
+        none: the summed cross-entropy, or with per_token the cross-entropy (B, L) without gradients. What teaches SeRpEnt's
+        clocks besides adds to the gradients of the sum, not to its value.
         """
         if documents is None:
             documents = Documents.whole(*tokens.shape, device=tokens.device)
+        lessons = [] if self.has_lessons and labels is not None and not per_token and torch.is_grad_enabled() else None
+        if lessons is not None:
+            documents = dataclasses.replace(documents, lessons=lessons)
         h = self.embedding(tokens).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
         y, after = None, []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -93,7 +108,10 @@ class LanguageModel(nn.Module):
             after += ended
         if last_only:
             h, y = h[:, -1:], y[:, -1:]
-        return self.readout(h, y, labels, per_token), after
+        if not lessons:
+            return self.readout(h, y, labels, per_token), after
+        loss, nll = self.readout(h, y, labels, with_tokens=True)
+        return add_lessons(loss, nll, labels, documents.reset, lessons, self.config.serpent.teach_weight), after
 
     def _run(self, blocks: range, h: Tensor, y: Tensor | None, documents: Documents, states: list) -> tuple:
         after = []

@@ -19,8 +19,10 @@ from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
 from serpent_scale.model.documents import FAR, Documents, Shard
 from serpent_scale.model.mixer import Begun, Mixer
+from serpent_scale.model.routing import RoutedBranch, width
 from serpent_scale.model.stack import Stack
-from serpent_scale.model.states import join_rows, take_rows
+from serpent_scale.model.states import step_live
+from serpent_scale.model.teaching import teach
 
 
 POINTWISE_TAPS = 3  # K of the paper's figure 2
@@ -51,6 +53,7 @@ class Branch(nn.Module):
             start = (rate - low) / (self.sampling.high - low)
             self.clock_weight = nn.Parameter(torch.zeros(d))
             self.clock_bias = nn.Parameter(torch.tensor([math.log(start / (1 - start))]))
+        self.teach = config.teach
         for parameter in self.parameters(recurse=False):
             parameter._no_weight_decay = True
 
@@ -73,25 +76,13 @@ class Branch(nn.Module):
             clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
         )
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            y, inner = self._step(x, elements, inner)
+            y, inner = step_live(self.inner, self.d_out, x, elements, inner)
         else:
             y, inner = self.inner(x, elements, inner)
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
+        if documents.lessons is not None and self.teach != "durations":
+            z = teach(self.teach, z, y, u, self.clock_weight, self.clock_bias, clock, self.sampling, documents)
         return z, BranchState(window, inner, outputs)
-
-    def _step(self, x: Tensor, elements: Documents, state: Any) -> tuple[Tensor, Any]:
-        """One slot a row: the inner mixer runs on the rows that emit, and not at all where none does."""
-        emits = elements.live[:, 0]
-        rows, silent = emits.nonzero()[:, 0], (~emits).nonzero()[:, 0]
-        if not len(silent):
-            return self.inner(x, elements, state)
-        y = x.new_zeros(len(x), 1, self.d_out)
-        if not len(rows):
-            return y, state
-        documents = Documents(elements.reset[rows], since_reset=elements.since_reset[rows], pieces=1)
-        found, after = self.inner(x[rows], documents, take_rows(state, rows))
-        order = torch.cat([silent, rows]).argsort()
-        return y.to(found.dtype).index_copy(0, rows, found), take_rows(join_rows([take_rows(state, silent), after]), order)
 
     @property
     def out_projs(self) -> list[nn.Linear]:
@@ -219,7 +210,10 @@ class Serpent(nn.Module):
         for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
             run = [mixer(mixer_width(d_model, out, rate, config), inner, out, settings) for _ in range(config.depth)]
             branch = run[0] if config.depth == 1 else Stack(run, d_model, norm_eps)
-            self.branches.append(branch if rate == 1 else Branch(branch, d_model, out, rate, config))
+            if rate != 1:
+                routed = config.clock == "routed"
+                branch = RoutedBranch(branch, d_model, out, rate) if routed else Branch(branch, d_model, out, rate, config)
+            self.branches.append(branch)
         self.out_proj = nn.Linear(d_model, d_model, bias=False) if projected(config) else None
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
@@ -303,7 +297,9 @@ def parameter_count(
     for rate, inner, out in zip(config.rates, inners, outs):
         block = mixer.parameter_count(mixer_width(d_model, out, rate, config), inner, out, settings)
         total += config.depth * (block + norm)
-        if rate != 1:
+        if rate != 1 and config.clock == "routed":
+            total += 2 * width(d_model) * d_model
+        elif rate != 1:
             window = {"integrated": config.n_bases * d_model, "segment_mean": 0,
                       "pointwise": POINTWISE_TAPS * (d_model + config.n_bases) * out}[config.window]
             total += window + config.n_bases * out * (config.restore == "readout") + (d_model + 1) * (config.clock == "learned")
@@ -319,6 +315,9 @@ def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings
         if rate == 1:
             total += element
             continue
+        if config.clock == "routed":  # as many slots as tokens; p and the keys; float32 copies: of u, and of y per doubling
+            total += element + itemsize * (d_model + out) + 4 * (d_model + 4 * width(d_model) + 8 * out) + 64
+            continue
         taps = sampling(rate, config).window_taps
         x = d_model if config.window != "pointwise" else taps * (d_model + config.n_bases) + out
         element += itemsize * (x + out) + 8 * config.n_bases * taps + 16  # x and y, the window's tables, the slot
@@ -332,7 +331,9 @@ def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
         m, r = mixer.flops(mixer_width(d_model, out, rate, config), inner, out, settings, max(1, round(rate * length)))
         matmul, rest = matmul + rate * config.depth * m, rest + rate * config.depth * r
-        if rate != 1:
+        if rate != 1 and config.clock == "routed":
+            matmul, rest = matmul + 4 * width(d_model) * d_model, rest + 6 * width(d_model) + 3 * rate * out + out
+        elif rate != 1:
             taps, bases = sampling(rate, config).window_taps, config.n_bases
             if config.window == "integrated":
                 matmul, rest = matmul + 2 * bases * rate * taps * d_model, rest + 2 * (d_model + rate * taps * d_model)
