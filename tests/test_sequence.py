@@ -29,8 +29,8 @@ CASES = {
     "halos over several shards": dict(pattern=["serpent", "serpent"], horizon=0.5, length=27),
     "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),
     "uniform clock": dict(pattern=["serpent"], length=101, clock="uniform", rates=[0.5], decompress_taps=1),
-    "activation checkpointing": dict(pattern=["mamba"] * 8 + ["serpent"], length=53, checkpointing=True),
-    "float32": dict(pattern=["serpent", "mamba"], length=203, dtype=torch.float32),
+    "activation checkpointing": dict(pattern=["mamba", "s4d", "s5", "attention"] * 2 + ["serpent"], length=53, checkpointing=True),
+    "float32": dict(pattern=["serpent", "mamba", "s4d", "s5", "attention"], length=203, dtype=torch.float32),
 }
 WORLDS = (2, 3, 4)
 KINDS = ["mamba"], ["mamba2"], ["s4d"], ["s5"], ["serpent"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from serpent_scale.config import AttentionConfig
 from serpent_scale.model.documents import FAR, Documents
@@ -110,6 +111,11 @@ class Attention(Mixer):
         """Queries, keys and values, these once for each query head, and the output; a logsumexp per head."""
         return itemsize * 4 * d_inner + 4 * heads(d_inner, config)[0]
 
+    @staticmethod
+    def kept_of_earlier(d_inner: int, config: AttentionConfig, itemsize: int) -> float:
+        """Keys and values, once for each query head."""
+        return itemsize * 2 * d_inner
+
 
 def heads(d_inner: int, config: AttentionConfig) -> tuple[int, int]:
     """(query heads, key-value heads)."""
@@ -156,12 +162,18 @@ def attend(
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     if since is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    def ask(q: Tensor, k: Tensor, v: Tensor, low: int, high: int) -> Tensor:
+        mask = visible(since[:, low:high], place[:, low:high], state, k.shape[2])[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    # Masks of all queries are larger than all else where rows are long: they are made again for the backward pass.
+    again = torch.is_grad_enabled() and k.shape[2] > QUERIES
     parts = []
     for low in range(0, length, QUERIES):
         high = min(low + QUERIES, length)
-        keys = cached + before + high
-        mask = visible(since[:, low:high], place[:, low:high], state, keys)[:, None]
-        parts.append(F.scaled_dot_product_attention(q[:, :, low:high], k[:, :, :keys], v[:, :, :keys], mask))
+        asked = q[:, :, low:high], k[:, :, : cached + before + high], v[:, :, : cached + before + high], low, high
+        parts.append(checkpoint(ask, *asked, use_reentrant=False, preserve_rng_state=False) if again else ask(*asked))
     return torch.cat(parts, 2).transpose(1, 2)
 
 

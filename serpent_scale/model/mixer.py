@@ -112,6 +112,11 @@ class Mixer(nn.Module):
         """What a GPU keeps of one token for the backward pass, the input left out."""
         raise NotImplementedError
 
+    @staticmethod
+    def kept_of_earlier(d_inner: int, config: Any, itemsize: int) -> float:
+        """What a shard keeps of each token before it: nothing where a state sums them up."""
+        return 0.0
+
 
 def to_front(x: Tensor, documents: Documents) -> tuple[Tensor, Documents, Callable[[Tensor], Tensor]]:
     """x (B, L, d) and its documents with the slots in use first in each row, where a shard of compressed rows has others before
