@@ -87,6 +87,12 @@ def test_shares_split_the_inner_widths_and_those_of_the_outputs(d_model):
     assert sum(fixed) == 400 and abs(fixed[0] - 200) <= 2
 
 
+@pytest.mark.parametrize("d_model, depth, width", [(256, 2, 512), (384, 6, 768), (96, 2, 190)])
+def test_a_run_alone_has_the_widths_of_plain_blocks_where_parameters_allow(d_model, depth, width):
+    config = SerpentConfig(rates=[0.5], depth=depth)
+    assert branch_widths(d_model, config, Mamba, MambaConfig()) == ([width], [d_model])
+
+
 def test_a_run_steps_only_the_rows_that_emit_and_its_state_does_not_grow():
     model = small(torch.float64, **RUNS["one"])
     stepped = []
