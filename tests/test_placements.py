@@ -18,7 +18,7 @@ from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.model.mamba import Mamba
 from serpent_scale.model.placements import placements
-from serpent_scale.model.serpent import Serpent
+from serpent_scale.model.serpent import Serpent, branch_widths
 from serpent_scale.training.optimizer import parameter_groups
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +70,27 @@ def test_a_run_is_plain_residual_blocks_on_the_elements():
         y[:, :used] = run(branch.inner, elements[:, :used])
         want = run(whole, u) + decompress(y, branch.readout_basis, clock, branch.sampling)[0]
         torch.testing.assert_close(found, want[0], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("d_model", [64, 768, 2048])
+def test_shares_split_the_inner_widths_and_those_of_the_outputs(d_model):
+    unit = 16 if d_model >= 512 else 1
+    for shares in ([0.6, 0.2, 0.2], [1.0, 3.0, 2.0], [98.0, 1.0, 1.0]):
+        inners, outs = branch_widths(d_model, SerpentConfig(shares=shares), Mamba, MambaConfig())
+        assert sum(outs) == d_model and min(inners + outs) >= unit
+        for widths in (inners, outs):
+            for width, share in zip(widths, shares):
+                assert abs(width - sum(widths) * share / sum(shares)) <= 2 * unit
+        run, whole = branch_widths(d_model, SerpentConfig(shares=shares, depth=2), Mamba, MambaConfig())
+        assert whole == [d_model] * 3 and abs(run[1] - sum(run) * shares[1] / sum(shares)) <= 2 * unit
+    fixed, _ = branch_widths(d_model, SerpentConfig(shares=[2.0, 1.0, 1.0], d_inner=400), Mamba, MambaConfig())
+    assert sum(fixed) == 400 and abs(fixed[0] - 200) <= 2
+
+
+@pytest.mark.parametrize("d_model, depth, width", [(256, 2, 512), (384, 6, 768), (96, 2, 190)])
+def test_a_run_alone_has_the_widths_of_plain_blocks_where_parameters_allow(d_model, depth, width):
+    config = SerpentConfig(rates=[0.5], depth=depth)
+    assert branch_widths(d_model, config, Mamba, MambaConfig()) == ([width], [d_model])
 
 
 def test_a_run_steps_only_the_rows_that_emit_and_its_state_does_not_grow():

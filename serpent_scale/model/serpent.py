@@ -276,17 +276,22 @@ def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], setti
     outs = _split(d_model, shares, unit) if config.depth == 1 else [d_model] * n
     if config.d_inner is not None:
         return _split(config.d_inner, shares, mixer.width_unit(settings)), outs
-    unit = math.lcm(unit, mixer.width_unit(settings))
+    # A run alone costs little beside its blocks, so that they can have the width of plain ones, fit for wide loads.
+    units = (16, 8, 4, 2, 1) if config.depth > 1 and n == unit == 1 else (unit,)
     plain = mixer.parameter_count(d_model, mixer.width(d_model, settings), d_model, settings)
     target = config.depth * (plain + d_model) - d_model  # a norm each; the layer's own is not counted here
 
     def excess(total: int) -> int:
         return parameter_count(d_model, _split(total, shares, unit), outs, config, mixer, settings) - target
 
-    total = n * unit
-    while excess(total + unit) < 0:
-        total += unit
-    total = min(total, total + unit, key=lambda t: abs(excess(t)))
+    for unit in units:
+        unit = math.lcm(unit, mixer.width_unit(settings))
+        total = n * unit
+        while excess(total + unit) < 0:
+            total += unit
+        total = min(total, total + unit, key=lambda t: abs(excess(t)))
+        if abs(excess(total)) < 0.005 * target:
+            break
     return _split(total, shares, unit), outs
 
 
