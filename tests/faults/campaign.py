@@ -100,23 +100,24 @@ class Campaign:
 
     def units(self, number_of_kills: int):
         """(name, function) of each part, which counts its faults."""
+        yield from kills.units(self, number_of_kills)
         yield from damage.units(self)
         yield from conditions.units(self)
-        yield from kills.units(self, number_of_kills)
 
     def run(self, number_of_kills: int) -> bool:
         """All units that are not done yet; whether nothing was lost and all was found."""
         started, units = time.monotonic(), list(self.units(number_of_kills))
+        told = former = started
         left = [unit for unit in units if unit[0] not in self.done]
         for i, (name, function) in enumerate(left):
             function()
+            now = time.monotonic()
+            self.numbers["seconds"], former = self.numbers.get("seconds", 0) + now - former, now
             self.keep(name)
-            seconds = time.monotonic() - started
-            if (i + 1) % 10 == 0 or i + 1 == len(left):
-                print(f"{len(self.done)} of {len(units)} done, last: {name}; {seconds:.0f} s, "
-                      f"about {seconds / (i + 1) * (len(left) - i - 1):.0f} s to go, lost {sum(r[2] for r in self.table.values())}",
-                      flush=True)
-        self.numbers["seconds"] = self.numbers.get("seconds", 0) + time.monotonic() - started
+            if now > told + 10 or i + 1 == len(left):
+                told, faults, lost = now, sum(row[0] for row in self.table.values()), sum(row[2] for row in self.table.values())
+                print(f"{len(self.done)} of {len(units)} parts done, {name} the last, in {now - started:.0f} s; {faults} faults, "
+                      f"{lost} lost", flush=True)
         return not self.losses
 
     def report(self) -> str:
