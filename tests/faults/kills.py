@@ -91,7 +91,7 @@ class Kills:
             come = {"starting": lambda: time.monotonic() > until, "training": attempt.begun,
                     "saving": lambda: self.leftovers() - partial_ones}[aim]()
             if come:
-                time.sleep({"starting": 0, "training": draw.uniform(0, 0.8), "saving": draw.uniform(0, 0.03)}[aim])
+                time.sleep({"starting": 0, "training": draw.uniform(0, 0.8), "saving": draw.uniform(0, 0.1)}[aim])
                 return not attempt.ended()
             time.sleep(0.002)
         return False
