@@ -76,7 +76,7 @@ class Trainer:
         self.samples = config.samples
         device = processes.device
         self.stream, self.validation = open_streams(config)
-        self.tokenizer = self.stream.index.tokenizer_path.read_text()
+        self.texts = {"config.yaml": config.to_yaml(), "tokenizer.json": self.stream.index.tokenizer_path.read_text()}
         self.replicas, self.replica, self.sequence = processes.world_size, processes.rank, None
         if config.parallel.sequence > 1:
             self.sequence = Sequence(config.parallel.sequence, processes.world_size, device)
@@ -169,7 +169,7 @@ class Trainer:
             return True
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
         if self.processes.rank == 0:
-            (config.run_folder / "config.yaml").write_text(config.to_yaml())
+            (config.run_folder / "config.yaml").write_text(self.texts["config.yaml"])
         self.evaluation_due |= self.step == 0 and config.evaluation.every > 0
         self._agree_to_stop()
         while True:
@@ -303,8 +303,7 @@ class Trainer:
             "data": self.stream.state(self._next_sample(), self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
-        texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
-        return store.begin(self.engine, self.checkpoints, self.step, state, texts, copies)
+        return store.begin(self.engine, self.checkpoints, self.step, state, self.texts, copies)
 
     def _finish_writing(self, writing: store.Save | None = None, must: bool = False) -> None:
         """Publish what is being written. A full disk is no reason to stop, unless it `must` be saved: the older checkpoints are
@@ -415,8 +414,8 @@ class Trainer:
         return badsteps.merged([(first, first + self.config.training.micro_batch * stage.parts) for first in found])
 
     def _open_metrics(self) -> Metrics:
-        config = self.config
-        return Metrics(config.run_folder, config.logging, config.total_steps, self.step, config.to_yaml(), self.wandb_id)
+        config, yaml = self.config, self.texts["config.yaml"]
+        return Metrics(config.run_folder, config.logging, config.total_steps, self.step, yaml, self.wandb_id)
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self.metrics:
