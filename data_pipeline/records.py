@@ -10,7 +10,7 @@ import numpy as np
 from data_pipeline.overlap import Runs, Seen
 from data_pipeline.tokenizer import Tokenizer
 
-BATCH_CHARACTERS, BATCH_TEXTS = 4_000_000, 8192  # tokenised at a time
+BATCH_CHARACTERS, BATCH_TEXTS = 2_000_000, 8192  # tokenised at a time
 KEPT, BLANK, DUPLICATE, OVERLAPPING, EMPTY = range(5)  # EMPTY: not blank, but without a token
 
 # How WikiText's word perplexity is normalised: each line end counts as a word, <eos>.

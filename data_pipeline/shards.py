@@ -179,10 +179,11 @@ class _SplitWriter:
     def _documents(self) -> Iterator[np.ndarray]:
         """Rows (n, 3) int64 of each shard, read back from it, as a former run may have written it."""
         for number, shard in enumerate(self.shards):
-            tar, sizes, at = np.memmap(self.folder / shard.name, np.uint8, "r"), np.empty(shard.documents, np.int64), 0
-            for document in range(shard.documents):
-                sizes[document] = size = int(tar[at + 124 : at + 135].tobytes(), 8)
-                at += HEADER + -(-size // HEADER) * HEADER
+            sizes, at = np.empty(shard.documents, np.int64), 0
+            with open(self.folder / shard.name, "rb", buffering=0) as tar:
+                for document in range(shard.documents):
+                    sizes[document] = size = int(os.pread(tar.fileno(), 11, at + 124), 8)
+                    at += HEADER + -(-size // HEADER) * HEADER
             offsets = payload_offsets(sizes)[:-1]
             yield np.stack([np.full_like(sizes, number), offsets, sizes // self.dtype.itemsize], 1)
 
