@@ -58,7 +58,7 @@ def synthetic_split(folder: Path) -> None:
                           np.full(SHARDS * DOCUMENTS, DOCUMENT_TOKENS)], 1)  # fmt: skip
     publish_index(
         folder / "train", split="train", dtype="uint16", tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(), vocab_size=50257,
-        eot_id=50256, bytes=0, words=0, word_rule="whitespace", documents=documents,
+        eot_id=50256, bytes=0, words=0, word_rule="whitespace", documents=[documents],
         shards=[Shard(name, DOCUMENTS, DOCUMENTS * DOCUMENT_TOKENS, size, "0" * 64) for name in names],
     )  # fmt: skip
 

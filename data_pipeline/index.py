@@ -11,13 +11,14 @@ import json
 import mmap
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import sha256_of, write_atomically
+from data_pipeline.files import replacing, sha256_of, write_atomically
 from data_pipeline.places import Cache, Damage, Remote, is_remote
 from serpent_scale.errors import UserError
 
@@ -119,16 +120,23 @@ def member_name(document: int) -> str:
 
 def publish_index(
     folder: Path, *, split: str, dtype: str, tokenizer_sha256: str, vocab_size: int, eot_id: int, bytes: int, words: int,
-    word_rule: str, shards: list[Shard], documents: np.ndarray,
+    word_rule: str, shards: list[Shard], documents: Iterable[np.ndarray],
 ) -> None:  # fmt: skip
-    """Write documents.npy and then index.json, whose appearance makes the split readable."""
-    buffer = io.BytesIO()
-    np.save(buffer, documents.astype("<i8"), allow_pickle=False)
-    write_atomically(folder / "documents.npy", buffer.getvalue())
+    """Write documents.npy and then index.json, whose appearance makes the split readable. documents: rows of its array, in
+    pieces (n, 3), so that there may be more than fit into memory."""
+    header, n_documents = io.BytesIO(), sum(shard.documents for shard in shards)
+    np.lib.format.write_array_header_1_0(header, dict(descr="<i8", fortran_order=False, shape=(n_documents, 3)))
+    hasher = hashlib.sha256(header.getvalue())
+    with replacing(folder / "documents.npy") as file:
+        file.write(header.getvalue())
+        for rows in documents:
+            raw = rows.astype("<i8").tobytes()
+            hasher.update(raw)
+            file.write(raw)
     fields = dict(
         format=FORMAT, split=split, dtype=dtype, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, eot_id=eot_id,
-        documents=len(documents), tokens=sum(shard.tokens for shard in shards), bytes=bytes, words=words,
-        word_rule=word_rule, documents_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        documents=n_documents, tokens=sum(shard.tokens for shard in shards), bytes=bytes, words=words,
+        word_rule=word_rule, documents_sha256=hasher.hexdigest(),
         shards=[asdict(shard) for shard in shards],
     )  # fmt: skip
     write_atomically(folder / "index.json", (json.dumps(fields, indent=1) + "\n").encode())

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline.files import sha256_of, write_atomically
+from data_pipeline.files import replacing, sha256_of, write_atomically
 from data_pipeline.index import MEND, Index
 from data_pipeline.windows import IGNORE, Windows
 from serpent_scale.errors import UserError
@@ -76,17 +75,14 @@ def paths(folder: Path, seq_len: int) -> tuple[Path, Path]:
 def write_plan(index: Index, seq_len: int) -> float:
     """Plan the windows of a split; the share of padding in them."""
     plan, array = paths(index.folder, seq_len)
-    windows, pieces, staging, sha256 = [], [], array.with_name(array.name + ".partial"), hashlib.sha256()
-    with open(staging, "wb") as file:
+    windows, pieces, sha256 = [], [], hashlib.sha256()
+    with replacing(array) as file:
         for shard in tqdm(range(len(index.shards)), desc=f"{index.folder.name}: packing", unit=" shards", disable=None):
             part = plan_shard(index.rows(shard)[:, 2], seq_len).astype("<i8")
             windows.append(int(part[-1, 0]) + 1)
             pieces.append(len(part))
             sha256.update(part.tobytes())
             file.write(part.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, array)
     fields = dict(format=FORMAT, index_sha256=index.sha256, seq_len=seq_len, windows=windows, pieces=pieces,
                   sha256=sha256.hexdigest())  # fmt: skip
     write_atomically(plan, (json.dumps(fields) + "\n").encode())

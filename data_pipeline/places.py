@@ -148,6 +148,24 @@ class Remote:
         """A file of known content, in the cache. Raises Damage when there is another or none, UserError when it cannot be had."""
         return self.cache.get(sha256, size, lambda staging: self._fetch(name, size, sha256, staging))
 
+    def names(self) -> list[str] | None:
+        """Names of the files below, as far as two folders down; None if the server does not list them."""
+        try:
+            self._files.invalidate_cache()
+            found = self._files.find(self.url, maxdepth=2)
+        except Exception:  # each library has its own, for servers that do not list or do not answer
+            return None
+        below = self._files._strip_protocol(self.url).rstrip("/") + "/"
+        return sorted(name.removeprefix(below) for name in found if name.startswith(below)) or None
+
+    def has(self, name: str) -> bool:
+        """Raises UserError when it cannot be told."""
+        try:
+            self.small(name)
+        except Damage:
+            return False
+        return True
+
     def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
         """Get these (name, size, sha256), in the background. What goes wrong will go wrong again when they are needed."""
         new = [file for file in files if file[2] not in self._asked]
@@ -170,15 +188,16 @@ class Remote:
     def _fetch(self, name: str, size: int, sha256: str, staging: Path) -> None:
         """Write a file whole; a second time if it came otherwise than it should."""
         for again in (True, False):
-            found = self._write(name, size, staging)
+            found = self.download(name, size, staging)
             if found == sha256:
                 return
             if not again:
                 raise Damage(f"{self.url}/{name}: its sha256 is {found[:16]}…, the index says {sha256[:16]}…")
 
-    def _write(self, name: str, size: int, staging: Path) -> str:
+    def download(self, name: str, size: int, path: Path) -> str:
+        """Write a file of this size to path; the sha256 of what came. Raises as `get`, but for other content."""
         hasher = hashlib.sha256()
-        with open(staging, "wb") as file:
+        with open(path, "wb") as file:
             for begin in range(0, size, CHUNK):
                 stop = min(begin + CHUNK, size)
                 data = self._retried(name, lambda: self._chunk(name, begin, stop, size))

@@ -1,4 +1,4 @@
-"""Writing a split: documents are tokenised in order and packed into shards, which a rerun after a kill continues.
+"""Writing a split: records of documents, in order, are packed into shards, which a rerun after a kill continues.
 
 `preparation.json` holds what was asked for and, after each finished shard, how much of the source it took. Its last entry
 decides where a rerun goes on; the source is read again up to there and must hash to the same value.
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,18 +19,13 @@ from webdataset import TarWriter
 from data_pipeline.files import sync_folder, write_atomically
 from data_pipeline.index import HEADER, Index, Shard, load_index, member_name, payload_offsets, publish_index
 from data_pipeline.overlap import Runs, Seen
+from data_pipeline.parts import Parts
+from data_pipeline.records import DUPLICATE, KEPT, OVERLAPPING, Record, Texts, dtype_of
 from data_pipeline.tokenizer import Tokenizer
 from serpent_scale.errors import UserError
 
 SHARD_TOKENS = 100_000_000
 SHARD_BYTES = (256 << 20) - (1 << 16)  # leaves room for the tar's end
-BATCH_CHARACTERS = 4_000_000
-
-# How WikiText's word perplexity is normalised: each line end counts as a word, <eos>.
-WORD_RULES = {
-    "whitespace": lambda text: len(text.split()),
-    "whitespace+line_ends": lambda text: len(text.split()) + text.count("\n"),
-}
 
 
 @dataclass
@@ -42,20 +36,22 @@ class Progress:
     documents: int = 0
     bytes: int = 0
     words: int = 0
-    digest: str = ""  # of the texts
+    digest: str = ""  # of the texts' keys
     duplicates: int = 0  # left out, as texts that were there before
-    overlapping: int = 0  # left out, as they share a run of tokens with an evaluation set
+    overlapping: int = 0  # left out, as they share runs of words with an evaluation set
 
 
 def prepare_split(
-    folder: Path, texts: Iterable[str], tokenizer: Tokenizer, *,
+    folder: Path, texts: Iterable[str] | Parts, tokenizer: Tokenizer, *,
     request: dict, word_rule: str, shard_tokens: int = SHARD_TOKENS, deduplicate: bool = False, held_out: Runs | None = None,
 ) -> tuple[Index, bool]:  # fmt: skip
     """Write the split `folder` (DATA/SPLIT), or finish it, or find it done: (index, whether there was anything to do).
 
-    A document is <|endoftext|> tokens <|endoftext|>; blank texts are left out. A shard holds at most `shard_tokens` and
-    256 MiB, unless a single document is larger. deduplicate: of equal texts keep the first. held_out: leave out documents that
-    share one of these runs. request: what else determines the outcome, compared with that of a former run.
+    texts: or the parts that were made of them, of which nothing is left but these. A document is <|endoftext|> tokens
+    <|endoftext|>; blank texts are left out. A shard holds at most `shard_tokens` and 256 MiB, unless a single document is
+    larger. deduplicate: of equal texts keep the first. held_out: leave out documents that overlap these. request: what else
+    determines the outcome, compared with that of a former run. Memory: that of a batch of texts, a shard's index and, with
+    deduplicate, 19 bytes a text.
     Raises UserError when the folder holds something else, or the source has changed since.
     """
     request = request | {"tokenizer_sha256": tokenizer.sha256, "shard_tokens": shard_tokens}
@@ -66,9 +62,9 @@ def prepare_split(
     shards, progress = _resume(folder, request)
     if (folder / "index.json").is_file():
         return load_index(folder), False
+    source = texts if isinstance(texts, Parts) else Texts(texts, tokenizer, word_rule, held_out)
     writer = _SplitWriter(folder, tokenizer, request, shards, progress, word_rule, shard_tokens)
-    writer.seen, writer.held_out = Seen() if deduplicate else None, held_out
-    writer.write(iter(texts))
+    writer.write(source, Seen() if deduplicate else None)
     return load_index(folder), True
 
 
@@ -115,33 +111,37 @@ class _SplitWriter:
         self.folder, self.tokenizer, self.request = folder, tokenizer, request
         self.shards, self.progress = shards, progress
         self.word_rule, self.shard_tokens = word_rule, shard_tokens
-        self.dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        self.dtype = dtype_of(tokenizer)
         self.hash = hashlib.sha256()
-        self.seen, self.held_out = None, None
 
-    def write(self, texts: Iterator[str]) -> None:
+    def write(self, source: Texts | Parts, seen: Seen | None) -> None:
         """Write the shards that are missing, then the index."""
-        self._skip(texts)
+        self._skip(source, seen)
         self.folder.mkdir(parents=True, exist_ok=True)
         with tqdm(desc=self.folder.name, unit=" tokens", unit_scale=True, disable=None, initial=self._tokens()) as bar:
             tar = None
-            for text, payload, reason in self._tokenised(texts):
-                if tar is not None and not tar.has_room(payload, self.shard_tokens):
+            try:
+                for record in source.records(seen):
+                    if tar is not None and not tar.has_room(record.payload, self.shard_tokens):
+                        self._finish(tar)
+                        tar = None
+                    if record.fate == KEPT:
+                        if tar is None:
+                            tar = _ShardWriter(self.folder, len(self.shards))
+                        tar.write(member_name(self.progress.documents), record.payload)
+                        bar.update(len(record.payload))
+                        bar.set_postfix(documents=self.progress.documents + 1, refresh=False)
+                    self._count(record)
+                if tar is not None:
                     self._finish(tar)
-                    tar = None
-                if payload is not None:
-                    if tar is None:
-                        tar = _ShardWriter(self.folder, len(self.shards))
-                    tar.write(member_name(self.progress.documents), payload)
-                    bar.update(len(payload))
-                    bar.set_postfix(documents=self.progress.documents + 1, refresh=False)
-                self._count(text, payload is not None, reason)
-            if tar is not None:
-                self._finish(tar)
+            except BaseException:
+                if tar is not None:
+                    tar.file.failed = True
+                raise
         if not self.shards:
             raise UserError(f"{self.folder}: the source holds no text for this split; check --source")
         publish_index(
-            self.folder, split=self.folder.name, dtype=self.dtype, tokenizer_sha256=self.tokenizer.sha256,
+            self.folder, split=self.folder.name, dtype=self.dtype.name, tokenizer_sha256=self.tokenizer.sha256,
             vocab_size=self.tokenizer.vocab_size, eot_id=self.tokenizer.eot_id, bytes=self.progress.bytes,
             words=self.progress.words, word_rule=self.word_rule, shards=self.shards, documents=self._documents(),
         )  # fmt: skip
@@ -149,52 +149,26 @@ class _SplitWriter:
     def _tokens(self) -> int:
         return sum(shard.tokens for shard in self.shards)
 
-    def _skip(self, texts: Iterator[str]) -> None:
+    def _skip(self, source: Texts | Parts, seen: Seen | None) -> None:
         """Read past what the finished shards took, and check that it is the same text."""
-        for _ in tqdm(range(self.progress.texts), desc=f"{self.folder.name}: already done", disable=None, leave=False):
-            text = next(texts, None)
-            if text is None:
-                break
-            self._hash(text)
-            if self.seen is not None and text.strip():
-                self.seen.add(text)
+        done = source.skip(self.progress.texts)
+        for key, blank in tqdm(done, f"{self.folder.name}: already done", self.progress.texts, disable=None, leave=False):
+            self.hash.update(key)
+            if seen is not None and not blank:
+                seen.add(key)
         if self.progress.texts and self.hash.hexdigest() != self.progress.digest:
-            raise UserError(f"{self.folder}: the source changed since it was begun; remove that folder and start again")
+            raise UserError(f"{self.folder}: the source changed since it was begun, or another version of this began it; remove "
+                            "that folder and start again")  # fmt: skip
 
-    def _hash(self, text: str) -> None:
-        data = text.encode()
-        self.hash.update(len(data).to_bytes(8, "little") + data)
-
-    def _count(self, text: str, kept: bool, reason: str | None) -> None:
-        self._hash(text)
+    def _count(self, record: Record) -> None:
+        self.hash.update(record.key)
         self.progress.texts += 1
-        if reason is not None:
-            setattr(self.progress, reason, getattr(self.progress, reason) + 1)
-        if kept:
+        self.progress.duplicates += record.fate == DUPLICATE
+        self.progress.overlapping += record.fate == OVERLAPPING
+        if record.fate == KEPT:
             self.progress.documents += 1
-            self.progress.bytes += len(text.encode())
-            self.progress.words += WORD_RULES[self.word_rule](text)
-
-    def _tokenised(self, texts: Iterator[str]) -> Iterator[tuple[str, np.ndarray | None, str | None]]:
-        """Each text with its marked tokens (n + 2,), None for one that is left out; and which count of `Progress` it is of
-        then, None for a blank one."""
-        eot = self.tokenizer.eot_id
-        for batch in _batches(texts):
-            again = [bool(text.strip()) and self.seen is not None and self.seen.add(text) for text in batch]
-            rows = self.tokenizer.encode_batch([text for text, known in zip(batch, again) if not known])
-            held = iter(np.zeros(len(rows), bool) if self.held_out is None else self.held_out.overlapping(rows))
-            rows = iter(rows)
-            for text, known in zip(batch, again):
-                if known:
-                    yield text, None, "duplicates"
-                    continue
-                ids, overlaps = next(rows), next(held)
-                if not ids or not text.strip():
-                    yield text, None, None
-                elif overlaps:
-                    yield text, None, "overlapping"
-                else:
-                    yield text, np.array([eot, *ids, eot], self.dtype), None
+            self.progress.bytes += record.bytes
+            self.progress.words += record.words
 
     def _finish(self, tar: _ShardWriter) -> None:
         self.shards.append(tar.finish())
@@ -202,26 +176,16 @@ class _SplitWriter:
         state = dict(request=self.request, progress=asdict(self.progress), shards=[asdict(shard) for shard in self.shards])
         write_atomically(self.folder / "preparation.json", (json.dumps(state, indent=1) + "\n").encode())
 
-    def _documents(self) -> np.ndarray:
-        """(documents, 3) int64, read back from the shards, which a former run may have written."""
-        rows, itemsize = [], np.dtype(self.dtype).itemsize
+    def _documents(self) -> Iterator[np.ndarray]:
+        """Rows (n, 3) int64 of each shard, read back from it, as a former run may have written it."""
         for number, shard in enumerate(self.shards):
-            with tarfile.open(self.folder / shard.name) as tar:
-                sizes = np.array([member.size for member in tar], np.int64)
-            rows.append(np.stack([np.full_like(sizes, number), payload_offsets(sizes)[:-1], sizes // itemsize], 1))
-        return np.concatenate(rows)
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= 8192:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+            sizes, at = np.empty(shard.documents, np.int64), 0
+            with open(self.folder / shard.name, "rb", buffering=0) as tar:
+                for document in range(shard.documents):
+                    sizes[document] = size = int(os.pread(tar.fileno(), 11, at + 124), 8)
+                    at += HEADER + -(-size // HEADER) * HEADER
+            offsets = payload_offsets(sizes)[:-1]
+            yield np.stack([np.full_like(sizes, number), offsets, sizes // self.dtype.itemsize], 1)
 
 
 class _ShardWriter:
@@ -234,14 +198,14 @@ class _ShardWriter:
         self.tar = TarWriter(self.file, encoder=False, user="", group="", mode=0o444, mtime=0)
         self.documents = self.tokens = self.bytes = 0
 
-    def has_room(self, payload: np.ndarray | None, shard_tokens: int) -> bool:
-        if payload is None:
+    def has_room(self, payload: np.ndarray, shard_tokens: int) -> bool:
+        if not len(payload):
             return True
         return self.tokens + len(payload) <= shard_tokens and self.bytes + payload.nbytes + 2 * HEADER <= SHARD_BYTES
 
     def write(self, name: str, payload: np.ndarray) -> None:
         key, _, extension = name.partition(".")
-        self.tar.write({"__key__": key, extension: payload.astype(payload.dtype.newbyteorder("<")).tobytes()})
+        self.tar.write({"__key__": key, extension: payload.tobytes()})
         self.documents += 1
         self.tokens += len(payload)
         self.bytes += HEADER + -(-payload.nbytes // HEADER) * HEADER

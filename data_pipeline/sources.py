@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.stdlib_corpus import stdlib_documents
@@ -73,6 +73,13 @@ def documents(source: Source) -> Iterator[str]:
         return stdlib_documents(source.split)
     rows = _rows(source)
     return _articles(rows) if source.style == "wikitext" else rows
+
+
+def by_file(source: Source) -> list[Source]:
+    """Sources of one file each whose documents, one after the other, are this one's; itself where that cannot be."""
+    if source.style == "wikitext" or not source.files:  # an article may reach from one file into the next
+        return [source]
+    return [replace(source, files=(name,)) for name in source.files]
 
 
 def _parse_files(spec: str, split: str, split_documents: str | None, text_key: str) -> Source:

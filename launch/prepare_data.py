@@ -4,8 +4,8 @@
     python launch/prepare_data.py --source 'train=corpus/*.jsonl.xz' --source validation=held_out.jsonl \\
         --tokenizer gpt2/tokenizer.json --out data
 
-For much text, an array job tokenises ahead (launch/slurm/prepare_data.sbatch): task I runs this with `--part I/N`, then one
-without it writes the shards, the same as it would alone.
+For much text, an array job shares the work (launch/slurm/prepare_data.sbatch): each task runs this with `--part I/N`, then one
+with `--merge` makes OUT of the parts, byte for byte what a single run makes.
 
 Run it again after an interruption and it goes on where it stopped; run it again when it is done and it does nothing.
 """
@@ -17,11 +17,11 @@ import re
 import shutil
 from pathlib import Path
 
+from data_pipeline import overlap
 from data_pipeline.files import write_atomically
-from data_pipeline.overlap import N as RUN
 from data_pipeline.overlap import Runs
 from data_pipeline.packing import write_plan
-from data_pipeline.parts import CachedTokenizer, parts_folder, write_part
+from data_pipeline.parts import Parts, parts_folder, write_part
 from data_pipeline.shards import SHARD_TOKENS, left_out, prepare_split
 from data_pipeline.sources import SPLIT_DOCUMENTS, Source, documents, parse_source
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -43,10 +43,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="at most this many a shard")
     parser.add_argument("--deduplicate", action="store_true", help="of texts that are equal byte for byte, keep a split's first")
     parser.add_argument("--decontaminate", action="append", default=[], metavar="[SPLIT=]SOURCE",
-                        help="leave out of the train split what shares 13 tokens in a row with this evaluation set (of a source "
-                             "with splits: all but its train split); repeatable")  # fmt: skip
+                        help="leave out of the train split what overlaps this evaluation set (of a source with splits: all but "
+                             "its train split), see --shared-runs; repeatable")  # fmt: skip
+    parser.add_argument("--shared-runs", type=int, default=overlap.RUNS, metavar="N",
+                        help=f"how many runs of {overlap.N} words a document shares with an evaluation text when it overlaps it "
+                             f"(default {overlap.RUNS}; 1: any shared phrase)")  # fmt: skip
     parser.add_argument("--pack", type=int, metavar="SEQ_LEN", help="also plan best-fit packing for this data.seq_len")
-    parser.add_argument("--part", type=part, metavar="I/N", help="only tokenise ahead, part I (0 to N - 1) of N")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument("--part", type=part, metavar="I/N", help="only tokenise part I (0 to N - 1) of N, into OUT/SPLIT.parts")
+    share.add_argument("--merge", action="store_true", help="make OUT of all its parts, which have the same arguments but this")
     return parser.parse_args(argv)
 
 
@@ -109,8 +114,9 @@ def part_tokenizer(wanted: str | None, out: Path, splits: dict[str, list[Source]
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    if arguments.shard_tokens < 1:
-        raise UserError(f"--shard-tokens {arguments.shard_tokens}: must be at least 1")
+    for name, value, least in (("shard-tokens", arguments.shard_tokens, 1), ("shared-runs", arguments.shared_runs, 1)):
+        if value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     if arguments.pack is not None and arguments.pack < 2:
         raise UserError(f"--pack {arguments.pack}: must be at least 2, data.seq_len of a run")
     splits = group_by_split(arguments)
@@ -120,26 +126,31 @@ def main(argv: list[str] | None = None) -> None:
     try:
         tokenizer = (part_tokenizer if arguments.part else provide_tokenizer)(arguments.tokenizer, arguments.out, splits)
         indexes, held_out = [], None
-        if evaluations and not arguments.part:
-            held_out = Runs(itertools.chain.from_iterable(map(documents, evaluations)), tokenizer)
-            print(f"--decontaminate: {len(held_out):,} runs of {RUN} tokens to look for")
+        if evaluations:
+            held_out = Runs(itertools.chain.from_iterable(map(documents, evaluations)), arguments.shared_runs)
+            print(f"--decontaminate: {len(held_out):,} runs of {overlap.N} words to look for, {arguments.shared_runs} of a text "
+                  "are an overlap")  # fmt: skip
         for split, sources in splits.items():
-            parts, texts = parts_folder(arguments.out / split), itertools.chain.from_iterable(map(documents, sources))
-            if arguments.part:
-                print(f"{parts}: {write_part(parts, texts, tokenizer, *arguments.part):,} texts tokenised ahead")
-                continue
+            folder, parts = arguments.out / split, parts_folder(arguments.out / split)
             wikitext = all(source.style == "wikitext" for source in sources)
-            index, worked = prepare_split(
-                arguments.out / split,
-                texts,
-                CachedTokenizer(tokenizer, parts),
+            settings = dict(
                 request={"sources": [source.fingerprint() for source in sources]},
                 word_rule="whitespace+line_ends" if wikitext else "whitespace",
-                shard_tokens=arguments.shard_tokens,
-                deduplicate=arguments.deduplicate,
                 held_out=held_out if split == "train" else None,
             )
-            shutil.rmtree(parts, ignore_errors=True)
+            done = (folder / "index.json").is_file()
+            if arguments.part:
+                made = None if done else write_part(parts, sources, tokenizer, *arguments.part, **settings)
+                print(f"{folder}: already prepared" if done else f"{made}: done")
+                continue
+            if arguments.merge and not done:
+                texts = Parts(parts, tokenizer, **settings)
+            else:
+                texts = itertools.chain.from_iterable(map(documents, sources))
+            options = dict(shard_tokens=arguments.shard_tokens, deduplicate=arguments.deduplicate)
+            index, worked = prepare_split(folder, texts, tokenizer, **settings, **options)
+            if arguments.merge:
+                shutil.rmtree(parts, ignore_errors=True)
             if not worked:
                 print(f"{index.folder}: already prepared")
             indexes.append(index)

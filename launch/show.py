@@ -71,7 +71,7 @@ def show_data(args: argparse.Namespace) -> None:
         raise UserError(f"--samples {args.samples} --tokens {args.tokens} --cache-gib {args.cache_gib}: need samples >= 0, "
                         "tokens >= 1 and cache-gib > 0")  # fmt: skip
     remote = is_remote(args.data)
-    names = args.split or (["train"] if remote else verification.splits(Path(args.data)))
+    names = args.split or (["train"] if remote else verification.Place(args.data).splits())
     if not names:
         raise UserError(f"{args.data}: holds no data; prepare it with launch/prepare_data.py")
     cache = Cache(args.cache, int(args.cache_gib * 2**30)) if args.cache else None

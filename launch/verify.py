@@ -1,13 +1,15 @@
-"""Check that data or checkpoints are whole: `launch/verify.py DATA`, `launch/verify.py RUN|CHECKPOINT`.
+"""Check that data or checkpoints are whole: `launch/verify.py DATA|URL`, `launch/verify.py RUN|CHECKPOINT`.
 
-Every byte is read and compared with the hashes that were written with it. Exit code 0: whole; 1: something is wrong, each
-fault a line on standard error; 2: there is nothing of the kind. With --json one object on standard output says it all.
+Every byte is read and compared with the hashes that were written with it; of data at a URL each file is fetched, a few at a
+time, and kept no longer than that. Exit code 0: whole; 1: something is wrong, each fault a line on standard error; 2: there is
+nothing of the kind, or it cannot be reached. With --json one object on standard output says it all.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,8 +22,9 @@ from serpent_scale.errors import EXIT_FAILED, UserError, exit_on_user_error
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", metavar="DATA|RUN|CHECKPOINT", help="folder of data, of a run, or of one checkpoint")
-    parser.add_argument("--split", action="append", help="of data: only this split; repeatable")
+    parser.add_argument("path", metavar="DATA|URL|RUN|CHECKPOINT", help="folder of data or its URL, of a run, or of one checkpoint")
+    parser.add_argument("--split", action="append", help="of data: only this split; repeatable (where a server does not list "
+                        "its files, the default is train, validation and test)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object to standard output")
     return parser.parse_args(argv)
 
@@ -29,15 +32,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    if is_remote(args.path):
-        raise UserError(f"{args.path}: only a local folder can be verified; what is fetched from a URL is, before it is used")
-    path = Path(args.path)
-    splits = verification.splits(path)
-    if splits or args.split:
-        kind, checked, faults = "data", args.split or splits, []
-        with tqdm(unit=" shards", disable=None) as bar:
-            faults = list(verification.faults(path, checked, bar.update))
-    else:
+    path = args.path if is_remote(args.path) else str(Path(args.path))
+    with tempfile.TemporaryDirectory() as scratch:
+        place = verification.Place(path, Path(scratch))
+        splits = args.split or place.splits()
+        if splits:
+            kind, checked, faults = "data", splits, []
+            with tqdm(unit=" shards", disable=None) as bar:
+                faults = list(place.faults(splits, bar.update))
+    if not splits:
         kind, folders = "checkpoint", checkpoints(path)
         checked, faults = [str(folder) for folder in folders], []
         for folder in tqdm(folders, unit=" checkpoints", disable=None):
@@ -48,15 +51,18 @@ def main(argv: list[str] | None = None) -> None:
     for fault in faults:
         print(fault, file=sys.stderr)
     if args.json:
-        print(json.dumps({"path": str(path), "kind": kind, "whole": not faults, "checked": checked, "faults": faults}))
+        print(json.dumps({"path": path, "kind": kind, "whole": not faults, "checked": checked, "faults": faults}))
     elif not faults:
         print(f"{path}: {kind} whole: {', '.join(checked)}")
     if faults:
         sys.exit(EXIT_FAILED)
 
 
-def checkpoints(path: Path) -> list[Path]:
+def checkpoints(path: str) -> list[Path]:
     """The checkpoint itself, or all of a run. Raises UserError when there are none."""
+    if is_remote(path):
+        raise UserError(f"{path}: holds no data (SPLIT/index.json); checkpoints can only be verified in a local folder")
+    path = Path(path)
     folders = [folder for _, folder in store.folders(path / "checkpoints")]
     if not folders and any((path / name).is_file() for name in (manifest.NAME, "trainer.json", "config.yaml")):
         folders = [path]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import shards
+from data_pipeline import records
 from data_pipeline.index import load_index
-from data_pipeline.overlap import N, Runs
+from data_pipeline.overlap import N, Runs, Seen
 from data_pipeline.shards import left_out, prepare_split
 from data_pipeline.stream import documents
 from data_pipeline.tokenizer import train_tokenizer
@@ -17,46 +17,72 @@ from data_pipeline.tokenizer import train_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-class Numbers:
-    """Stands for a tokenizer: a text is its tokens, written as numbers."""
-
-    eot_id, vocab_size, sha256 = 0, 1000, "0"
-
-    def encode_batch(self, texts):
-        return [[int(word) for word in text.split()] for text in texts]
+def runs_of(words) -> set:
+    return {tuple(words[i : i + N]) for i in range(len(words) - N + 1)}
 
 
-def text(ids) -> str:
-    return " ".join(map(str, ids))
-
-
-def runs_of(ids) -> set:
-    return {tuple(ids[i : i + N]) for i in range(len(ids) - N + 1)}
-
-
-def test_overlap_is_what_a_search_of_all_runs_finds():
-    """Few kinds of tokens, so that runs of N - 1 are shared all the time."""
+@pytest.mark.parametrize("wanted", [1, 3, 8])
+def test_overlap_is_what_a_search_of_all_runs_finds(wanted):
+    """Few kinds of words, so that runs are shared all the time, some of them by many texts."""
     rng = random.Random(1)
-    held = [[rng.choice((1, 2)) for _ in range(rng.choice((3, 12, 13, 40)))] for _ in range(60)]
-    rows = [[rng.choice((1, 2)) for _ in range(rng.choice((0, 5, 12, 13, 14, 60)))] for _ in range(500)]
-    wanted = set().union(*map(runs_of, held))
-    expected = [bool(runs_of(row) & wanted) for row in rows]
-    assert 0.1 < np.mean(expected) < 0.9
-    found = Runs(map(text, held), Numbers())
-    assert len(found) == len(wanted) and found.overlapping(rows).tolist() == expected
-    assert found.overlapping([]).tolist() == [] and not Runs(["1 2"], Numbers()).overlapping(rows).any()
+    held = [[rng.choice("aaaab") for _ in range(rng.choice((3, 12, 13, 16, 40)))] for _ in range(40)]
+    rows = [[rng.choice("abc" if i % 2 else "aaaab") for _ in range(rng.choice((0, 5, 12, 13, 14, 60)))] for i in range(500)]
+    met, texts = set(), []  # a run counts for the first text that has it
+    for words in held:
+        texts.append(runs_of(words) - met)
+        met |= texts[-1]
+    expected = [any(len(runs_of(row) & runs) >= min(wanted, len(runs)) for runs in texts if runs) for row in rows]
+    assert 0.05 < np.mean(expected) < 0.95
+    found = Runs(map(" ".join, held), wanted)
+    assert len(found) == len(met) and found.overlapping(list(map(" ".join, rows))).tolist() == expected
+    assert found.overlapping([]).tolist() == [] and not Runs(["a b"]).overlapping(["a b"]).any()
+
+
+def test_words_are_compared_without_marks_case_and_spacing():
+    held = "In 1999 , it wasn 't <unk> @-@ free : 10 @,@ 000 of the \u201cLong Grass\u201d Snakes shed"
+    found = Runs([held], 1)
+    raw = "in 1999, it wasn't \"unk\"-free; 10,000 of the Long\nGrass snakes shed"
+    assert found.overlapping([raw, raw.replace("snakes", "adders")]).tolist() == [True, True]
+    assert not found.overlapping([raw.replace("Long", "short")]).any()
+
+
+def test_a_few_shared_phrases_are_no_overlap_but_short_texts_count_whole():
+    words = [f"w{i}" for i in range(60)]
+    text = lambda ids: " ".join(words[i] for i in ids)  # noqa: E731
+    found = Runs([text(range(40)), text(range(40, 55))])
+    assert found.overlapping([text(range(19)), text(range(20)), text(range(5, 25))]).tolist() == [False, True, True]
+    twice = text(range(16)) + " x " + text(range(16)) + " y " + text(range(16))
+    assert not found.overlapping([twice]).any(), "different runs count"
+    assert found.overlapping([text(range(40, 54)), text(range(40, 55))]).tolist() == [False, True]
 
 
 def test_a_run_across_two_texts_is_none():
-    half, other = list(range(1, 8)), list(range(8, 15))
-    assert not Runs([text(half + other)], Numbers()).overlapping([half, other]).any()
-    assert not Runs([text(half), text(other)], Numbers()).overlapping([half + other]).any()
+    half, other = ("a b c d e f g", "h i j k l m n")
+    assert not Runs([f"{half} {other}"], 1).overlapping([half, other]).any()
+    assert not Runs([half, other], 1).overlapping([f"{half} {other}"]).any()
 
 
 def test_equal_hashes_alone_are_no_overlap(monkeypatch):
-    monkeypatch.setattr("data_pipeline.overlap._hashes", lambda tokens: np.full(max(len(tokens) - N + 1, 0), 7, np.uint64))
-    held = list(range(1, N + 1))
-    assert Runs([text(held)], Numbers()).overlapping([held, [*held[:-1], 99]]).tolist() == [True, False]
+    monkeypatch.setattr("data_pipeline.overlap._hashes", lambda ids: np.full(max(len(ids) - N + 1, 0), 7, np.uint64))
+    assert Runs(["a b c d e f g h i j k l m"], 1).overlapping(
+        ["a b c d e f g h i j k l m", "a b c d e f g h i j k l x"]).tolist() == [True, False]  # fmt: skip
+
+
+def test_another_evaluation_set_has_another_identity():
+    texts = ["a b c d e f g h i j k l m n"], ["b a c d e f g h i j k l m n"], ["a b c d e f g h i j k l m", "n"]
+    assert len({Runs(t, wanted).sha256 for t in texts for wanted in (1, 2)}) == 6
+
+
+@pytest.mark.parametrize("size", [16, 9])
+def test_seen_is_a_set(size, monkeypatch):
+    """Of 9 bytes: keys that only differ in their second half."""
+    monkeypatch.setattr("data_pipeline.overlap.UNSORTED", 50)
+    rng, seen, plain = random.Random(3), Seen(), set()
+    keys = [rng.randbytes(size).rjust(16, b"\0") for _ in range(5000)]
+    for key in [*keys, *rng.sample(keys, 1000)]:
+        assert seen.add(key) == (key in plain)
+        plain.add(key)
+    assert sum(rows.nbytes for rows in seen._sorted) > 16 * 4800
 
 
 @pytest.fixture
@@ -87,7 +113,7 @@ def test_preparation_leaves_them_out_and_counts(tmp_path, corpus, monkeypatch):
         (tmp_path / out).mkdir(exist_ok=True)
         (tmp_path / out / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
         return prepare_split(tmp_path / out / "train", texts, tokenizer, request={}, word_rule="whitespace",
-                             shard_tokens=700, deduplicate=True, held_out=Runs(held, tokenizer))
+                             shard_tokens=700, deduplicate=True, held_out=Runs(held))
 
     index, _ = prepare("whole", texts)
     expected = kept(texts, held)
@@ -96,7 +122,7 @@ def test_preparation_leaves_them_out_and_counts(tmp_path, corpus, monkeypatch):
     gone = left_out(index.folder)
     assert gone["overlapping"] == 3 and gone["duplicates"] == len(texts) - blank - len(expected) - 3
 
-    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 3000)  # other batches, and a kill, change nothing
+    monkeypatch.setattr(records, "BATCH_CHARACTERS", 3000)  # other batches, and a kill, change nothing
 
     def interrupted():
         yield from texts[:120]

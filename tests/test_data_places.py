@@ -20,6 +20,7 @@ from data_pipeline.index import load_index
 from data_pipeline.packing import write_plan
 from data_pipeline.places import Cache, is_remote
 from data_pipeline.stream import TokenStream, documents
+from data_pipeline.verification import Place
 from serpent_scale.errors import UserError
 from serpent_scale.parallel.ports import free_port
 from unique_corpus import write_corpus
@@ -325,7 +326,14 @@ def test_s3(tmp_path, data, expected, monkeypatch):
             if path.is_file():
                 client.upload_file(str(path), "bucket", f"deep/data/{path.relative_to(data)}")
         assert of_all(opened("s3://bucket/deep/data", tmp_path / "cache")) == expected
+        (tmp_path / "scratch").mkdir()
+        place = Place("s3://bucket/deep/data", tmp_path / "scratch")
+        assert place.splits() == ["train"] and not list(place.faults(["train"]))
         client.delete_object(Bucket="bucket", Key="deep/data/train/shard-000003.tar")
+        client.put_object(Bucket="bucket", Key="deep/data/train/foreign.tar", Body=b"x")
+        place = Place("s3://bucket/deep/data", tmp_path / "scratch")
+        wrong = [fault.rpartition("/")[2].partition(":")[0] for fault in place.faults(["train"])]
+        assert wrong == ["shard-000003.tar", "foreign.tar"]
         with pytest.raises(UserError, match="s3://bucket/deep/data/train/shard-000003.tar: no such file"):
             of_all(opened("s3://bucket/deep/data", tmp_path / "cache2"))
         with pytest.raises(UserError, match="s3://nowhere/data/tokenizer.json: no such file"):

@@ -137,7 +137,7 @@ def test_a_source_that_changed_under_an_interrupted_run_is_refused(tmp_path, tok
         yield from TEXTS[:200]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipeline.shards.BATCH_CHARACTERS", 1000)  # so that shards are finished before it stops
+    monkeypatch.setattr("data_pipeline.records.BATCH_CHARACTERS", 1000)  # so that shards are finished before it stops
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, tokenizer, interrupted())
     with pytest.raises(UserError, match="the source changed"):

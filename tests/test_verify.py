@@ -1,7 +1,11 @@
 """launch/verify.py: what is whole passes, each fault is a line that names the file, and says so by its exit code and in JSON."""
+import http.server
 import importlib.util
 import json
 import shutil
+import tempfile
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,51 @@ def test_data(made, verify, tmp_path):
     assert code == 1 and "not the tokenizer" in report["faults"][0] and "not finished" in report["faults"][1]
 
 
+@pytest.fixture(params=[True, False])
+def served(request, tmp_path):
+    """(folder, URL) of a server that lists its files, or does not."""
+    pytest.importorskip("aiohttp")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def list_directory(self, path):
+            return super().list_directory(path) if request.param else self.send_error(403)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "served")) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield tmp_path / "served" / "data", f"http://127.0.0.1:{server.server_port}/data", request.param
+        server.shutdown()
+
+
+def test_data_at_a_url_has_the_faults_of_the_folder(made, served, verify, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.places.FIRST_WAIT", 0.001)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, url, lists = served
+    shutil.copytree(made, folder)
+    assert verify(url) == (0, {"path": url, "kind": "data", "whole": True, "checked": ["train", "validation"], "faults": []}, [])
+    for name, damage in DAMAGE.items():
+        damage(folder / name)
+    code, report, lines = verify(url)
+    local = verify(folder)[2]
+    assert code == 1 and report["faults"] == lines
+    beginnings = {line.replace(str(folder), "URL").partition(":")[0] for line in local if lists or "shard-" in line}
+    # A cut or missing file is told by the server; a flipped one is fetched, and its fault found in it.
+    assert {line.replace(url, "URL").partition(":")[0] for line in lines} == beginnings
+    flipped = next(line for line in local if "000001" in line)
+    assert flipped.replace(str(folder), url) in lines
+    (folder / "train" / "index.json").write_text("{}")
+    (folder / "validation" / "index.json").unlink()
+    code, report, lines = verify(url, "--split", "train", "--split", "validation")
+    assert code == 1 and f"{url}/train/index.json: missing key" in lines[0]
+    assert ("not finished" if lists else "no such file") in lines[1] and lines[1].startswith(f"{url}/validation")
+    shutil.rmtree(folder)
+    code, report, lines = verify(url)
+    assert code == 2 and report is None and len(lines) == 1 and lines[0].startswith(f"error: {url}")
+    assert [path.name for path in tmp_path.iterdir()] == ["served"], "nothing is left behind"
+
+
 def test_checkpoints(verify, tmp_path):
     for step in (1, 2):
         store.save_parameters(tmp_path / f"run/checkpoints/step-{step:08d}", {"w": torch.ones(3)}, {"config.yaml": "a: 1\n"})
@@ -97,6 +146,6 @@ def test_checkpoints(verify, tmp_path):
 
 
 def test_what_is_neither(verify, tmp_path):
-    for path in (tmp_path, tmp_path / "none", "s3://bucket/data"):
+    for path in (tmp_path, tmp_path / "none", "pipe:echo", "http://127.0.0.1:9/a::b"):
         code, report, lines = verify(path)
         assert code == 2 and report is None and len(lines) == 1 and lines[0].startswith("error: ")
