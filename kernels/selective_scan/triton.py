@@ -165,8 +165,10 @@ def backward(
     grad_B, grad_C = (
         torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out for v, out in ((B, grad_B), (C, grad_C))
     )
-    part_bc = _states(x, programs, batch, length, 2, d_state)
-    part_a, part_vectors = _states(x, batch * segments, d_inner, d_state), _states(x, batch * segments, 2, d_inner)
+    exact = torch.bfloat16 not in (B.dtype, C.dtype)
+    part_bc = torch.empty(programs, batch, length, 2, d_state, dtype=torch.float32 if exact else torch.bfloat16, device=x.device)
+    part_a = _states(x, batch * segments, d_inner * (d_state + 2))  # behind those of A, (D, N), those of dt_bias and D
+    vectors = _states(x, d_inner * (d_state + 2))
     grad_initial = _states(x, batch, d_inner, d_state)
     local, span = _segment_states(grad_initial, segments) if asked is None else asked
     if segments > 1 and asked is None:
@@ -177,19 +179,20 @@ def backward(
     kernels.backward(
         (batch, segments),
         (x, dt, z, B, C, grad_y, y, A, dt_bias, D, reset, live, kept, grad_final, local, span,
-         grad_x, grad_dt, grad_z, part_bc, part_a, part_vectors, grad_initial,
+         grad_x, grad_dt, grad_z, part_bc, part_a, grad_initial,
          length, d_inner, segments, size, batch, *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z)),
     )
-    rows = 32
+    rows, block = 32, 1024
+    row_programs = triton.cdiv(batch * length, rows)
     launch(
-        _scan_add_parts, (triton.cdiv(batch * length, rows),),
-        part_bc, grad_B, grad_C, programs, batch * length, length, *_strides(grad_B, grad_C), N=d_state,
-        NP=triton.next_power_of_2(d_state), ROWS=rows,
+        _scan_add_parts, (row_programs + triton.cdiv(vectors.numel(), block),),
+        part_bc, grad_B, grad_C, part_a, vectors, programs, batch * length, length, *part_a.shape, row_programs,
+        *_strides(grad_B, grad_C), N=d_state, WIDTH=triton.next_power_of_2(2 * d_state), ROWS=rows, BLOCK=block,
     )
-    grad_vectors = part_vectors.sum(0)
+    grad_A, grad_bias, grad_D = vectors.split([d_inner * d_state, d_inner, d_inner])
     return {
-        "x": grad_x, "dt": grad_dt, "A": part_a.sum(0).to(dtypes[0]), "B": grad_B, "C": grad_C,
-        "D": grad_vectors[1].to(dtypes[1]), "z": grad_z, "dt_bias": grad_vectors[0].to(dtypes[2]), "initial_state": grad_initial,
+        "x": grad_x, "dt": grad_dt, "A": grad_A.view(d_inner, d_state).to(dtypes[0]), "B": grad_B, "C": grad_C,
+        "D": grad_D.to(dtypes[1]), "z": grad_z, "dt_bias": grad_bias.to(dtypes[2]), "initial_state": grad_initial,
     }
 
 
@@ -253,28 +256,39 @@ class GluonKernels:
         self.module, self.d_state = gluon, d_state
 
     def forward(self, grid, local_pass: bool, arguments) -> None:
-        x, h0, reset, live, d_inner = arguments[0], arguments[8], arguments[11], arguments[12], arguments[17]
-        launch(
-            self.module.scan_forward, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, KEEP=KEEP, LOCAL_PASS=local_pass, EXACT=x.dtype == torch.float32,
-            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.channels == 0, num_warps=1,
+        x, h0, reset, live = arguments[0], arguments[8], arguments[11], arguments[12]
+        self._launch(
+            self.module.scan_forward, grid, 16, (*arguments[:5], arguments[13]), "x d z b c", arguments,
+            LOCAL_PASS=local_pass, EXACT=x.dtype == torch.float32, HAS_H0=h0 is not None, HAS_RESET=reset is not None,
+            HAS_LIVE=live is not None,
         )
 
     def gradient_state(self, grid, first: int, arguments) -> None:
-        reset, live, d_inner = arguments[6], arguments[7], arguments[11]
-        launch(
-            self.module.scan_gradient_state, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, U=8, FIRST=first, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
-            FULL=d_inner % self.channels == 0, num_warps=1,
+        reset, live = arguments[6], arguments[7]
+        self._launch(
+            self.module.scan_gradient_state, grid, 10, arguments[:4], "d z c y", arguments,
+            U=8, FIRST=first, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def backward(self, grid, arguments) -> None:
-        reset, live, final, d_inner = arguments[10], arguments[11], arguments[13], arguments[24]
+        reset, live, final = arguments[10], arguments[11], arguments[13]
+        self._launch(
+            self.module.scan_backward, grid, 22, arguments[:7], "x d z b c y dx dd dz", arguments,
+            HAS_FINAL=final is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+        )
+
+    def _launch(self, kernel, grid, n_tensors: int, token_major: tuple[Tensor, ...], names: str, arguments, **flags) -> None:
+        """arguments: tensors, length, d_inner, other numbers, and what `names` names: strides between rows and between tokens."""
+        names = names.split()
+        at = len(arguments) - 2 * len(names)
+        tensors, (length, d_inner, *numbers), strides = arguments[:n_tensors], arguments[n_tensors:at], arguments[at:]
+        full = d_inner % self.channels == 0 and length % KEEP == 0
+        if full and any(v.dtype == torch.bfloat16 for v in token_major):  # read two at a time
+            full = not any(stride % 2 for stride in strides) and not any(v.data_ptr() % 4 for v in token_major)
         launch(
-            self.module.scan_backward, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, HAS_FINAL=final is not None,
-            HAS_RESET=reset is not None, HAS_LIVE=live is not None,
-            FULL=d_inner % self.channels == 0, num_warps=1,
+            kernel, (-(-d_inner // self.channels), *grid), *tensors, length, *numbers, *strides[::2], D=d_inner,
+            **{f"s{name}_t": stride for name, stride in zip(names, strides[1::2])}, N=self.d_state, T=KEEP, **flags, FULL=full,
+            num_warps=1,
         )
 
 
@@ -302,7 +316,7 @@ class PlainKernels:
         )
 
     def backward(self, grid, arguments) -> None:
-        d_inner, reset, live, final, kept = arguments[24], arguments[10], arguments[11], arguments[13], arguments[12]
+        d_inner, reset, live, final, kept = arguments[23], arguments[10], arguments[11], arguments[13], arguments[12]
         programs = -(-d_inner // self.channels)
         states = _states(kept, programs, *grid, KEEP + 1, self.channels, self.constants["NP"])
         launch(
@@ -422,7 +436,7 @@ def _scan_gradient_state(
 @triton.jit
 def _scan_backward(
     X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
-    DX, DDT, DZ, DBC, DA, DVEC, DH0,
+    DX, DDT, DZ, DBC, DA, DH0,
     L, D, S, SEGMENT, n_batch, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t, sdx_b, sdx_t, sdd_b, sdd_t,
     sdz_b, sdz_t, SCRATCH,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_RESET: tl.constexpr,
@@ -494,29 +508,42 @@ def _scan_backward(
             tl.store(DDT + b * sdd_b + t64 * sdd_t + d, ddt.to(DDT.dtype.element_ty), mask=ok)
             tl.store(DZ + b * sdz_b + t64 * sdz_t + d, dz.to(DZ.dtype.element_ty), mask=ok)
             part = DBC + ((pid.to(tl.int64) * n_batch + b) * L + t0 + u) * (2 * N) + n
-            tl.store(part, tl.sum(dh * (dt * x)[:, None], 0), mask=n_ok)
-            tl.store(part + N, tl.sum(after * dy[:, None], 0), mask=n_ok)
+            tl.store(part, tl.sum(dh * (dt * x)[:, None], 0).to(DBC.dtype.element_ty), mask=n_ok)
+            tl.store(part + N, tl.sum(after * dy[:, None], 0).to(DBC.dtype.element_ty), mask=n_ok)
         tl.debug_barrier()
-    tl.store(DA + (b * S + s) * D * N + off, d_a, mask=ok2)
-    tl.store(DVEC + (b * S + s) * 2 * D + d, d_bias, mask=ok)
-    tl.store(DVEC + (b * S + s) * 2 * D + D + d, d_skip, mask=ok)
+    DA += (b * S + s) * D * (N + 2)
+    tl.store(DA + off, d_a, mask=ok2)
+    tl.store(DA + D * N + d, d_bias, mask=ok)
+    tl.store(DA + D * (N + 1) + d, d_skip, mask=ok)
     if s == 0:
         tl.store(DH0 + b * D * N + off, carry, mask=ok2)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
+def _add(parts, n_parts, stride, inside, SIZE: tl.constexpr):
+    """The sum over n_parts of what lies stride apart, (SIZE,), eight at a time so that enough is on its way."""
+    total = tl.zeros((SIZE,), tl.float32)
+    k = tl.arange(0, 8)[:, None]
+    for first in range(0, n_parts, 8):
+        p = parts[None, :] + (first + k).to(tl.int64) * stride
+        total += tl.sum(tl.load(p, mask=inside[None, :] & (first + k < n_parts), other=0.0).to(tl.float32), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_sums", "row_programs"])
 def _scan_add_parts(
-    PARTS, GB, GC, n_parts, n_rows, L, sb_b, sb_t, sc_b, sc_t, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr
-):
-    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C."""
-    row, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, NP)
-    ok = (row < n_rows)[:, None] & (n < N)[None, :]
-    p = PARTS + row.to(tl.int64)[:, None] * (2 * N) + n[None, :]
-    total_b, total_c = tl.zeros((ROWS, NP), tl.float32), tl.zeros((ROWS, NP), tl.float32)
-    for _ in range(0, n_parts):
-        total_b += tl.load(p, mask=ok, other=0.0)
-        total_c += tl.load(p + N, mask=ok, other=0.0)
-        p += n_rows.to(tl.int64) * (2 * N)
-    b, t = (row // L).to(tl.int64), (row % L).to(tl.int64)
-    tl.store(GB + (b * sb_b + t * sb_t)[:, None] + n[None, :], total_b.to(GB.dtype.element_ty), mask=ok)
-    tl.store(GC + (b * sc_b + t * sc_t)[:, None] + n[None, :], total_c.to(GC.dtype.element_ty), mask=ok)
+    PARTS, GB, GC, SUMMANDS, SUMS, n_parts, n_rows, L, n_summands, n_sums, row_programs, sb_b, sb_t, sc_b, sc_t,
+    N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C, and SUMMANDS (n_summands, n_sums) into SUMS."""
+    if tl.program_id(0) < row_programs:
+        i = tl.arange(0, ROWS * WIDTH)
+        row, column = tl.program_id(0) * ROWS + i // WIDTH, i % WIDTH
+        ok = (row < n_rows) & (column < 2 * N)
+        total = _add(PARTS + row.to(tl.int64) * (2 * N) + column, n_parts, n_rows.to(tl.int64) * (2 * N), ok, ROWS * WIDTH)
+        b, t = (row // L).to(tl.int64), (row % L).to(tl.int64)
+        tl.store(GB + b * sb_b + t * sb_t + column, total.to(GB.dtype.element_ty), mask=ok & (column < N))
+        tl.store(GC + b * sc_b + t * sc_t + column - N, total.to(GC.dtype.element_ty), mask=ok & (column >= N))
+    else:
+        i = (tl.program_id(0) - row_programs) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(SUMS + i, _add(SUMMANDS + i, n_summands, n_sums.to(tl.int64), i < n_sums, BLOCK), mask=i < n_sums)
