@@ -237,11 +237,50 @@ def _by_token(total):
     return gl.reshape(gl.permute(gl.reshape(total, [2, 8, 8]), [2, 1, 0]), [8, 16])
 
 
+@gluon.constexpr_function
+def _item(values, i, j=None):
+    return values[i] if j is None else values[i][j]
+
+
+@gluon.jit
+def _place(PROBLEMS, STARTS, SHAPE: gl.constexpr):
+    """(problem, block of channels, row, segment) of this program, one of those of problems SHAPE[0] to SHAPE[1] - 1, which have
+    in common what is compiled, SHAPE[2]: D, and strides between tokens. PROBLEMS: the other arguments of each, n_batch first.
+    The programs of a problem stand together, from STARTS on."""
+    first: gl.constexpr = SHAPE[0]
+    behind: gl.constexpr = SHAPE[1]
+    problem, start = PROBLEMS[first], STARTS[first]
+    for i in gl.static_range(first + 1, behind):
+        here, chosen = gl.program_id(0) >= STARTS[i], ()
+        for j in gl.static_range(len(problem)):
+            chosen = chosen + (gl.where(here, PROBLEMS[i][j], problem[j]),)
+        problem, start = chosen, gl.where(here, STARTS[i], start)
+    blocks: gl.constexpr = (SHAPE[2][0] + 15) // 16
+    place = gl.program_id(0) - start
+    row = place // blocks
+    return problem, place % blocks, (row % problem[0]).to(gl.int64), row // problem[0]
+
+
 @gluon.jit
 def scan_forward(
-    X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
-    L, S, SEGMENT, sx_b, sd_b, sz_b, sb_b, sc_b,
-    D: gl.constexpr, sx_t: gl.constexpr, sd_t: gl.constexpr, sz_t: gl.constexpr, sb_t: gl.constexpr, sc_t: gl.constexpr,
+    PROBLEMS, STARTS, SHAPES: gl.constexpr, N: gl.constexpr, T: gl.constexpr, LOCAL_PASS: gl.constexpr, EXACT: gl.constexpr,
+    HAS_H0: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """`_forward` of several problems in one launch: see `_place`."""
+    if len(SHAPES) == 1:
+        problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, 0))
+        _forward(block, b, s, *problem, _item(SHAPES, 0, 2), N, T, LOCAL_PASS, EXACT, HAS_H0, HAS_RESET, HAS_LIVE, FULL)
+    else:
+        for i in gl.static_range(len(SHAPES)):
+            if (gl.program_id(0) >= STARTS[_item(SHAPES, i, 0)]) & (gl.program_id(0) < STARTS[_item(SHAPES, i, 1)]):
+                problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, i))
+                _forward(block, b, s, *problem, _item(SHAPES, i, 2), N, T, LOCAL_PASS, EXACT, HAS_H0, HAS_RESET, HAS_LIVE, FULL)
+
+
+@gluon.jit
+def _forward(
+    block, b, s, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+    sx_b, sd_b, sz_b, sb_b, sc_b, SHAPE: gl.constexpr,
     N: gl.constexpr, T: gl.constexpr, LOCAL_PASS: gl.constexpr, EXACT: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
@@ -262,9 +301,13 @@ def scan_forward(
     cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     whole_pairs: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
 
-    d0 = gl.program_id(0) * BD
-    b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2)
+    D: gl.constexpr = SHAPE[0]
+    sx_t: gl.constexpr = SHAPE[1]
+    sd_t: gl.constexpr = SHAPE[2]
+    sz_t: gl.constexpr = SHAPE[3]
+    sb_t: gl.constexpr = SHAPE[4]
+    sc_t: gl.constexpr = SHAPE[5]
+    d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N
@@ -348,14 +391,27 @@ def scan_forward(
 
 @gluon.jit
 def scan_gradient_state(
-    DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
-    L, S, SEGMENT, sd_b, sz_b, sc_b, sy_b,
-    D: gl.constexpr, sd_t: gl.constexpr, sz_t: gl.constexpr, sc_t: gl.constexpr, sy_t: gl.constexpr,
-    N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, FIRST: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
+    PROBLEMS, STARTS, SHAPES: gl.constexpr, N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, FIRST: gl.constexpr,
+    HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """`_gradient_state` of several problems in one launch: see `_place`. Of segments FIRST and on."""
+    if len(SHAPES) == 1:
+        problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, 0))
+        _gradient_state(block, b, s + FIRST, *problem, _item(SHAPES, 0, 2), N, T, U, HAS_RESET, HAS_LIVE, FULL)
+    else:
+        for i in gl.static_range(len(SHAPES)):
+            if (gl.program_id(0) >= STARTS[_item(SHAPES, i, 0)]) & (gl.program_id(0) < STARTS[_item(SHAPES, i, 1)]):
+                problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, i))
+                _gradient_state(block, b, s + FIRST, *problem, _item(SHAPES, i, 2), N, T, U, HAS_RESET, HAS_LIVE, FULL)
+
+
+@gluon.jit
+def _gradient_state(
+    block, b, s, n_batch, L, S, SEGMENT, DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN, sd_b, sz_b, sc_b, sy_b,
+    SHAPE: gl.constexpr, N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
     FULL: gl.constexpr,
 ):  # fmt: skip
-    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps; of segments
-    FIRST and on."""
+    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps."""
     BD: gl.constexpr = 16
     state: gl.constexpr = gl.BlockedLayout([2, N // 4], [8, 4], [1, 1], [1, 0])
     by_channel: gl.constexpr = gl.SliceLayout(1, state)
@@ -367,9 +423,12 @@ def scan_gradient_state(
     cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     whole_pairs: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
 
-    d0 = gl.program_id(0) * BD
-    b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2) + FIRST
+    D: gl.constexpr = SHAPE[0]
+    sd_t: gl.constexpr = SHAPE[1]
+    sz_t: gl.constexpr = SHAPE[2]
+    sc_t: gl.constexpr = SHAPE[3]
+    sy_t: gl.constexpr = SHAPE[4]
+    d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N
@@ -417,7 +476,7 @@ def scan_gradient_state(
 
 @gluon.constexpr_function
 def _states_layout(N):
-    """Where shared memory has state n of channel d of a token, (BD, N), in `scan_backward`: the channels of a lane lie apart and
+    """Where shared memory has state n of channel d of a token, (BD, N), in `_backward`: the channels of a lane lie apart and
     those of neighbouring lanes together, so that 8 lanes read 128 bytes in a row."""
     return gl.SharedLinearLayout([[0, b] for b in _bits(N)] + [[2 * b, 0] for b in _bits(8)] + [[1, 0]])
 
@@ -446,15 +505,28 @@ def _bits(count):
 
 @gluon.jit
 def scan_backward(
-    X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
-    DX, DDT, DZ, DBC, DA, DH0,
-    L, S, SEGMENT, n_batch, sx_b, sd_b, sz_b, sb_b, sc_b, sy_b, sdx_b, sdd_b, sdz_b,
-    D: gl.constexpr, sx_t: gl.constexpr, sd_t: gl.constexpr, sz_t: gl.constexpr, sb_t: gl.constexpr, sc_t: gl.constexpr,
-    sy_t: gl.constexpr, sdx_t: gl.constexpr, sdd_t: gl.constexpr, sdz_t: gl.constexpr,
+    PROBLEMS, STARTS, SHAPES: gl.constexpr, N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr,
+    HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """`_backward` of several problems in one launch: see `_place`."""
+    if len(SHAPES) == 1:
+        problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, 0))
+        _backward(block, b, s, *problem, _item(SHAPES, 0, 2), N, T, HAS_FINAL, HAS_RESET, HAS_LIVE, FULL)
+    else:
+        for i in gl.static_range(len(SHAPES)):
+            if (gl.program_id(0) >= STARTS[_item(SHAPES, i, 0)]) & (gl.program_id(0) < STARTS[_item(SHAPES, i, 1)]):
+                problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, i))
+                _backward(block, b, s, *problem, _item(SHAPES, i, 2), N, T, HAS_FINAL, HAS_RESET, HAS_LIVE, FULL)
+
+
+@gluon.jit
+def _backward(
+    block, b, s, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+    DX, DDT, DZ, DBC, DA, DH0, sx_b, sd_b, sz_b, sb_b, sc_b, sy_b, sdx_b, sdd_b, sdz_b, SHAPE: gl.constexpr,
     N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
     FULL: gl.constexpr,
 ):  # fmt: skip
-    """One segment of BD = 16 channels, laid out as in `scan_forward`, from its end to its beginning, a tile of T tokens a time.
+    """One segment of BD = 16 channels, laid out as in `_forward`, from its end to its beginning, a tile of T tokens a time.
 
     From the state kept before the tile the states before every eighth token are computed into shared memory. Then, from the last
     eight tokens to the first: their states and decays again, into registers, and the walk back over them. DBC (D / BD, B, L, 2,
@@ -476,9 +548,17 @@ def scan_backward(
     whole_pairs: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
     parts_l: gl.constexpr = gl.BlockedLayout([1, 8, 1, N // 4], [4, 1, 2, 4], [1, 1, 1, 1], [3, 2, 1, 0])
 
-    d0 = gl.program_id(0) * BD
-    b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2)
+    D: gl.constexpr = SHAPE[0]
+    sx_t: gl.constexpr = SHAPE[1]
+    sd_t: gl.constexpr = SHAPE[2]
+    sz_t: gl.constexpr = SHAPE[3]
+    sb_t: gl.constexpr = SHAPE[4]
+    sc_t: gl.constexpr = SHAPE[5]
+    sy_t: gl.constexpr = SHAPE[6]
+    sdx_t: gl.constexpr = SHAPE[7]
+    sdd_t: gl.constexpr = SHAPE[8]
+    sdz_t: gl.constexpr = SHAPE[9]
+    d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N
@@ -521,7 +601,7 @@ def scan_backward(
     DZ += b * sdz_b + d0
     flags_at = b * L
     STATES += b * ((L + T - 1) // T) * D * N
-    DBC += (gl.program_id(0).to(gl.int64) * n_batch + b) * L * (2 * N)
+    DBC += (block.to(gl.int64) * n_batch + b) * L * (2 * N)
     part_t = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(1, parts_l))))
     part_q = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(1, parts_l))))
     part_n = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(1, parts_l))))

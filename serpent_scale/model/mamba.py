@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
 from serpent_scale.kernels.linear_later import linear_later
-from serpent_scale.kernels.mamba_inner import mamba_inner, mamba_inner_phases
+from serpent_scale.kernels.mamba_inner import mamba_inner, mamba_inner_phases, mamba_inner_together
 from serpent_scale.kernels.selective_state_update import selective_state_update
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mixer import Begun, Mixer, halo
@@ -67,6 +67,11 @@ class Mamba(Mixer):
         conv, ssm = (None, None) if state is None else state
         y, conv, ssm = mamba_inner(self.in_proj(x), *self._inner(documents), conv, ssm)
         return self.out_proj(y), MambaState(conv, ssm)
+
+    @staticmethod
+    def together(mixers: list[Mamba], xs: list[Tensor], documents: list[Documents]) -> list[tuple[Tensor, MambaState]]:
+        calls = [(mixer.in_proj(x), *mixer._inner(d), None, None) for mixer, x, d in zip(mixers, xs, documents)]
+        return [(mixer.out_proj(y), MambaState(conv, ssm)) for mixer, (y, conv, ssm) in zip(mixers, mamba_inner_together(calls))]
 
     def _inner(self, documents: Documents) -> tuple:
         """Arguments of `mamba_inner` from conv_weight to live."""
