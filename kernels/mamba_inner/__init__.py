@@ -17,9 +17,9 @@ def mamba_inner(
     )
 
 
-def mamba_inner_together(calls):
+def mamba_inner_together(calls, copies=None):
     """See `reference.mamba_inner_together`."""
-    return _form(calls[0][0]).mamba_inner_together(calls)
+    return _form(calls[0][0]).mamba_inner_together(calls, copies)
 
 
 def mamba_inner_phases(xz, *arguments, **named):

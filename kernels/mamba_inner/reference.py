@@ -28,8 +28,9 @@ def mamba_inner(
     return y, halo, state
 
 
-def mamba_inner_together(calls: list[tuple]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`mamba_inner` of each: rows of any sizes, all xz of one dtype, all A_log of one d_state."""
+def mamba_inner_together(calls: list[tuple], copies: list[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`mamba_inner` of each: rows of any sizes, all xz of one dtype, all A_log of one d_state. copies: of each x_proj and dt_proj
+    in turn, in the dtype of xz, if there are some already."""
     return [mamba_inner(*call) for call in calls]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..causal_conv1d import triton as conv
+from ..linear import low_copies, weight_gradient
 from ..phases import Phases
 from ..selective_scan import triton as scan
 from .reference import decay
@@ -24,13 +25,13 @@ def mamba_inner(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.mamba_inner`, for float32, bfloat16 and float16. The gradients of float32 weights are formed in float32."""
     return _MambaInner.apply(
-        None, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
+        None, None, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
     )
 
 
-def mamba_inner_together(calls: list[tuple]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def mamba_inner_together(calls: list[tuple], copies: list[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
     """As `reference.mamba_inner_together`: one launch for their scans, and for what is small."""
-    outputs = _MambaInner.apply(None, *(value for call in calls for value in call))
+    outputs = _MambaInner.apply(None, copies, *(value for call in calls for value in call))
     return list(zip(outputs[::3], outputs[1::3], outputs[2::3]))
 
 
@@ -54,7 +55,7 @@ def mamba_inner_phases(
 
     def run(initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, halo_out, final = _MambaInner.apply(
-            shared, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial
+            shared, None, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial
         )
         return y, final, halo_out
 
@@ -102,16 +103,13 @@ class _Ready(NamedTuple):
     passed: scan.Segments | None = None
 
 
-def _ready(calls: list[_Call]) -> list[_Ready]:
+def _ready(calls: list[_Call], copies: list[Tensor] | None = None) -> list[_Ready]:
     dtype, found = calls[0].xz.dtype, []
     As = torch._foreach_exp([call.A_log for call in calls])
     torch._foreach_neg_(As)
-    weights = [weight for call in calls for weight in (call.x_proj, call.dt_proj)]
-    if any(weight.dtype != dtype for weight in weights):
-        cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-        torch._foreach_copy_(cast, weights)
-        weights = cast
-    for call, A, x_proj, dt_proj in zip(calls, As, weights[::2], weights[1::2]):
+    if copies is None:
+        copies = low_copies([weight for call in calls for weight in (call.x_proj, call.dt_proj)], dtype)
+    for call, A, x_proj, dt_proj in zip(calls, As, copies[::2], copies[1::2]):
         u, halo_out = call.convolved()
         projected = torch.mm(_flat(u), x_proj.t()).view(*u.shape[:2], -1)
         steps = _steps(_parts(projected, dt_proj, A)[0], dt_proj)
@@ -143,7 +141,7 @@ class _Shared:
 
 class _MambaInner(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shared, *arguments):
+    def forward(ctx, shared, copies, *arguments):
         """Outputs of the calls, one after the other, whose arguments follow each other. shared: of the only call."""
         ctx.set_materialize_grads(False)
         size = len(_Call._fields)
@@ -152,7 +150,7 @@ class _MambaInner(torch.autograd.Function):
         ctx.has_state = [call.initial_state is not None for call in calls]
         kept, outputs = [], []
         with torch.autocast(arguments[0].device.type, enabled=False):
-            ready = _ready(calls) if shared is None else [shared.take("ready")]
+            ready = _ready(calls, copies) if shared is None else [shared.take("ready")]
             scans = []
             for call, r in zip(calls, ready):
                 _, B, C = _parts(r.projected, r.dt_proj, r.A)
@@ -185,14 +183,14 @@ class _MambaInner(torch.autograd.Function):
                 work.append((u, dt, grad_dt, grad_projected, grad_xz))
             scanned = scan.backward_together(scans, results, into, segments)
             torch._foreach_mul_([g["A"] for g in scanned], [call.A_log for call in calls])
-            returned = [None]
+            returned = [None, None]
             for call, g, (u, dt, grad_dt, grad_projected, grad_xz), grad_halo_out, dtypes, has_state in zip(
                 calls, scanned, work, gradients[1::3], ctx.dtypes, ctx.has_state
             ):
                 grad_u, grad_steps = _flat(g["x"]), _flat(g["dt"])
                 torch.mm(grad_steps, call.dt_proj, out=_flat(grad_dt))
-                grad_dt_proj = _weight_gradient(grad_steps, _flat(dt), dtypes[1])
-                grad_x_proj = _weight_gradient(_flat(grad_projected), _flat(u), dtypes[0])
+                grad_dt_proj = weight_gradient(grad_steps, _flat(dt), dtypes[1])
+                grad_x_proj = weight_gradient(_flat(grad_projected), _flat(u), dtypes[0])
                 grad_u.addmm_(_flat(grad_projected), call.x_proj)
                 x, grad_x = call.xz.chunk(2, -1)[0], grad_xz.chunk(2, -1)[0]
                 _, grad_conv_weight, grad_conv_bias, grad_halo = conv.backward(
@@ -217,10 +215,3 @@ def _parts(projected: Tensor, dt_proj: Tensor, A: Tensor) -> tuple[Tensor, Tenso
 
 def _steps(dt: Tensor, dt_proj: Tensor) -> Tensor:
     return torch.mm(_flat(dt), dt_proj.t()).view(*dt.shape[:2], -1)
-
-
-def _weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_out^T x, summed over tokens in float32 and, on CUDA devices, not rounded to the products' dtype on the way."""
-    if grad_out.is_cuda and dtype == torch.float32 and grad_out.dtype != dtype:
-        return torch.mm(grad_out.t(), x, out_dtype=dtype)
-    return torch.mm(grad_out.t(), x).to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
 from serpent_scale.model.documents import FAR, Documents, Shard
+from serpent_scale.model.linear import Linear
 from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.routing import RoutedBranch, width
 from serpent_scale.model.stack import Stack
@@ -225,7 +226,7 @@ class Serpent(nn.Module):
                 routed = config.clock == "routed"
                 branch = RoutedBranch(branch, d_model, out, rate) if routed else Branch(branch, d_model, out, rate, config)
             self.branches.append(branch)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False) if projected(config) else None
+        self.out_proj = Linear(d_model, d_model) if projected(config) else None
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
         if state is not None or self._apart:
