@@ -215,7 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--score", action="append", default=[], metavar="NAME=FOLDER", help="also score this one's validation split")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--phase", nargs="+", default=["search", "train", "time"], choices=["search", "train", "time"])
-    parser.add_argument("--d-model", type=int, default=448)
+    parser.add_argument("--d-model", type=int, default=512, help="from 512 on widths are aligned, and fast")
     parser.add_argument("--n-layers", type=int, default=12)
     parser.add_argument("--rows", type=int, default=16, help="sequences a step (default 16)")
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence (default 1024)")
