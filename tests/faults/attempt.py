@@ -21,6 +21,8 @@ from ranks import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 WORLD = 2
+POLLING = threading.Lock()  # multiprocessing looks at all children when it starts one, and two looks at once spoil an exit code
+LIMIT = 180.0  # seconds; the watchdog's own default is longer than a test may take
 PR_SET_PDEATHSIG = 1
 
 _spec = importlib.util.spec_from_file_location("supervise", ROOT / "launch" / "supervise.py")
@@ -47,7 +49,8 @@ class Forked:
         self.process, self.pid = process, process.pid
 
     def poll(self) -> int | None:
-        return self.process.exitcode
+        with POLLING:
+            return self.process.exitcode
 
     returncode = property(poll)
 
@@ -66,7 +69,8 @@ class Attempt(supervise.Attempt):
     def _start(self, command: list[str], env) -> None:
         read, write = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(target=rank, args=(command, dict(env), write, self.prepare), daemon=True)
-        process.start()
+        with POLLING:
+            process.start()
         write.close()
         self.processes.append(Forked(process))
         self.tails.append([])
@@ -80,6 +84,15 @@ class Attempt(supervise.Attempt):
         with stream:
             for line in stream:
                 tail.append(line.rstrip())
+
+    def wait(self) -> tuple[int, str]:
+        """As the supervisor does, but not for ever: what hangs is killed."""
+        timer = threading.Timer(LIMIT, self.signal, [signal.SIGKILL])
+        timer.start()
+        try:
+            return super().wait()
+        finally:
+            timer.cancel()
 
     def ended(self) -> bool:
         """One rank at least has ended."""

@@ -18,7 +18,9 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -43,18 +45,20 @@ class Campaign:
         self.done: list[str] = begun.get("done", [])
         self.losses: list[str] = begun.get("losses", [])
         self.numbers: dict[str, float] = begun.get("numbers", {})  # that last over an interruption, and figures for the end
+        self.lock = threading.RLock()
 
     def count(self, fault: str, found: int | None, lost: list[str], tried: int = 1) -> None:
         """`found`: how many of them were, None: there is nothing to find; `lost`: each thing that was, in words."""
-        row = self.table.setdefault(fault, [0, None if found is None else 0, 0])
-        row[0] += tried
-        row[1] = None if found is None else row[1] + found
-        row[2] += min(tried, len(lost))
-        if found is not None and found < tried:
-            lost = lost or ["not found"]
-        self.losses += [f"{fault}: {what}" for what in lost]
-        for what in lost:
-            print(f"LOST, {fault}: {what}", flush=True)
+        with self.lock:
+            row = self.table.setdefault(fault, [0, None if found is None else 0, 0])
+            row[0] += tried
+            row[1] = None if found is None else row[1] + found
+            row[2] += min(tried, len(lost))
+            if found is not None and found < tried:
+                lost = lost or ["not found"]
+            self.losses += [f"{fault}: {what}" for what in lost]
+            for what in lost:
+                print(f"LOST, {fault}: {what}", flush=True)
 
     def keep(self, unit: str) -> None:
         self.done.append(unit)
@@ -77,10 +81,11 @@ class Campaign:
     def unbroken(self, lane: int) -> Path:
         """The folder of the run of a lane that nothing befell."""
         folder = self.folder / f"unbroken-{lane}"
-        if not (folder / "whole").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            self.complete(lane, folder)
-            (folder / "whole").touch()
+        with self.lock:
+            if not (folder / "whole").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                self.complete(lane, folder)
+                (folder / "whole").touch()
         return folder / "run"
 
     def complete(self, lane: int, folder: Path, *overrides: str) -> None:
@@ -88,7 +93,8 @@ class Campaign:
         attempt = Attempt(self.settings(lane, folder), *overrides)
         code, why = attempt.wait()
         if code:
-            raise RuntimeError(f"{folder}: exit code {code}, {why}\n" + "\n".join(line for tail in attempt.tails for line in tail))
+            said = "\n".join(line for tail in attempt.tails for line in tail)
+            raise RuntimeError(f"{folder}: exit code {code}, {why}\n{said}")
 
     def completes(self, lane: int, folder: Path) -> list[str]:
         """Start a run again: what it lost, in words."""
@@ -98,27 +104,33 @@ class Campaign:
             return [str(error)]
         return differences(folder / "run", self.unbroken(lane))
 
-    def units(self, number_of_kills: int):
-        """(name, function) of each part, which counts its faults."""
-        yield from kills.units(self, number_of_kills)
-        yield from damage.units(self)
-        yield from conditions.units(self)
+    def strands(self, number_of_kills: int) -> list[list]:
+        """(name, function) of each part, which counts its faults. Strands run side by side: much of each is waiting."""
+        return [list(kills.units(self, number_of_kills)), [*damage.units(self), *conditions.units(self)]]
 
     def run(self, number_of_kills: int) -> bool:
-        """All units that are not done yet; whether nothing was lost and all was found."""
-        started, units = time.monotonic(), list(self.units(number_of_kills))
-        told = former = started
-        left = [unit for unit in units if unit[0] not in self.done]
-        for i, (name, function) in enumerate(left):
-            function()
-            now = time.monotonic()
-            self.numbers["seconds"], former = self.numbers.get("seconds", 0) + now - former, now
-            self.keep(name)
-            if now > told + 10 or i + 1 == len(left):
-                told, faults, lost = now, sum(row[0] for row in self.table.values()), sum(row[2] for row in self.table.values())
-                print(f"{len(self.done)} of {len(units)} parts done, {name} the last, in {now - started:.0f} s; {faults} faults, "
-                      f"{lost} lost", flush=True)
+        """All parts that are not done yet; whether nothing was lost and all was found."""
+        strands = self.strands(number_of_kills)
+        self.parts, self.started, self.told = sum(map(len, strands)), time.monotonic(), time.monotonic()
+        self.before = self.numbers.get("seconds", 0)
+        with ThreadPoolExecutor(len(strands)) as pool:
+            for done in [pool.submit(self.follow, strand) for strand in strands]:
+                done.result()
         return not self.losses
+
+    def follow(self, strand: list) -> None:
+        for name, function in strand:
+            if name in self.done:
+                continue
+            function()
+            with self.lock:
+                seconds = time.monotonic() - self.started
+                self.numbers["seconds"] = self.before + seconds
+                self.keep(name)
+                if seconds > self.told - self.started + 10 or len(self.done) == self.parts:
+                    self.told, rows = time.monotonic(), self.table.values()
+                    print(f"{len(self.done)} of {self.parts} parts done, {name} the last, in {seconds:.0f} s; "
+                          f"{sum(row[0] for row in rows)} faults, {sum(row[2] for row in rows)} lost", flush=True)
 
     def report(self) -> str:
         lines = ["| fault | tried | found | lost |", "|---|---|---|---|"]

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from faults import injected
-from faults.attempt import WORLD, Attempt
-from faults.toyrun import EVALUATION, LANES, STEPS, differences
+from faults.attempt import POLLING, WORLD, Attempt
+from faults.toyrun import EVALUATION, EVERY, LANES, STEPS, differences
 from ranks import CONTEXT
 from serpent_scale.errors import EXIT_HANG, EXIT_USER
 from serpent_scale.training import badsteps
@@ -22,11 +22,11 @@ HANG_TIMEOUT = 3.0
 
 def units(campaign):
     quick = campaign.quick
-    for fault, times in ((full_disk, 1 if quick else 20), (stopped, 1 if quick else 10), (bad_loss, 2 if quick else 20),
-                         (clock, 1 if quick else 20), (two_runs, 2 if quick else 10)):
-        for i in range(times):
-            name = f"{fault.__name__} {i}"
-            yield name, partial(in_a_fresh_folder, campaign, fault, name, i % (1 if quick else len(LANES)), i)
+    faults = {full_disk: (1, 20), bad_loss: (1, 20), stopped: (1, 10), clock: (1, 20), two_runs: (2, 10)}  # quick, or not
+    for number, (fault, (few, many)) in enumerate(faults.items()):
+        for i in range(few if quick else many):
+            name, lane = f"{fault.__name__} {i}", (number + i) % (2 if quick else len(LANES))
+            yield name, partial(in_a_fresh_folder, campaign, fault, name, lane, i)
 
 
 def in_a_fresh_folder(campaign, fault, name: str, lane: int, i: int) -> None:
@@ -38,13 +38,25 @@ def in_a_fresh_folder(campaign, fault, name: str, lane: int, i: int) -> None:
         shutil.rmtree(folder)
 
 
+def begun(file: Path, *overrides: str) -> Attempt:
+    """A run that has made a step. On a machine that is busy beyond measure the watchdog may end one before."""
+    while True:
+        attempt = Attempt(file, *overrides)
+        while not attempt.begun() and not attempt.ended():
+            time.sleep(0.005)
+        if not attempt.ended():
+            return attempt
+        attempt.wait()
+
+
 def full_disk(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> None:
     """The run goes on and warns, older checkpoints stay whole, and no line of its metrics is missing in the end."""
     disk = folder / "disk"
     disk.mkdir(parents=True)
     ours, theirs = CONTEXT.Pipe()
     holder = CONTEXT.Process(target=injected.hold_small_disk, args=(str(disk), theirs), daemon=True)
-    holder.start()
+    with POLLING:
+        holder.start()
     mounted = ours.recv() == 0
     file = campaign.settings(lane, disk)  # the one below the mounted disk
     inside = Path(f"/proc/{holder.pid}/root{disk}") if mounted else disk
@@ -63,10 +75,8 @@ def full_disk(campaign, folder: Path, lane: int, draw: random.Random, i: int) ->
 def stopped(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> None:
     """SIGSTOP of a rank: the others report the hang and leave, and the run goes on when it is started again."""
     victim = draw.randrange(WORLD)
-    attempt = Attempt(campaign.settings(lane, folder), f"training.hang_timeout={HANG_TIMEOUT}")
-    while not attempt.begun() and not attempt.ended():
-        time.sleep(0.005)
-    time.sleep(draw.uniform(0, 0.5))
+    attempt = begun(campaign.settings(lane, folder), f"training.hang_timeout={HANG_TIMEOUT}")
+    time.sleep(draw.uniform(0, 0.3))
     attempt.processes[victim].send_signal(signal.SIGSTOP)
     since = time.monotonic()
     attempt.wait()
@@ -77,7 +87,8 @@ def stopped(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> N
 
 def bad_loss(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> None:
     """Losses or gradients that stay not finite end the run, which names their samples; without them it goes on unharmed."""
-    kind, step = ("loss", "gradient")[i % 2], draw.randrange(2, STEPS - 1)
+    # Where a save is due, which must not be made; not an evaluation, whose loss is another after a skipped step, as it should be.
+    kind, step = draw.choice(["loss", "gradient"]), draw.choice([s for s in range(EVERY, STEPS - 1, EVERY) if s % EVALUATION])
     attempt = Attempt(campaign.settings(lane, folder), prepare=partial(injected.bad_loss, draw.randrange(WORLD), step, kind))
     code, why = attempt.wait()
     dumped = folder / "run" / badsteps.NAME
@@ -89,7 +100,8 @@ def bad_loss(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> 
 def clock(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> None:
     """The clock jumps while it runs, and its files bear times of other years: nothing goes by them."""
     stop = draw.choice(range(EVALUATION, STEPS, EVALUATION))
-    attempt = Attempt(campaign.settings(lane, folder), f"training.stop_at_step={stop}", prepare=partial(injected.jumping_clock, i))
+    jumps = partial(injected.jumping_clock, i)
+    attempt = Attempt(campaign.settings(lane, folder), f"training.stop_at_step={stop}", prepare=jumps)
     code, why = attempt.wait()
     for path in sorted(folder.rglob("*")):
         when = time.time() + draw.uniform(-injected.YEARS, injected.YEARS)
@@ -98,15 +110,17 @@ def clock(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> Non
 
 
 def two_runs(campaign, folder: Path, lane: int, draw: random.Random, i: int) -> None:
-    """Started together or one after the other in one folder: one is refused, the other is not disturbed."""
+    """Started together, or while the other stands still: one is refused, the other is not disturbed."""
     file = campaign.settings(lane, folder)
-    first = Attempt(file)
     if i % 2:
-        while not first.begun() and not first.ended():
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.5))
-    second = Attempt(file)
-    ends = [first.wait(), second.wait()]
+        first = begun(file)
+        first.signal(signal.SIGSTOP)
+        ends = [Attempt(file).wait()]
+        first.signal(signal.SIGCONT)
+        ends.append(first.wait())
+    else:
+        both = Attempt(file), Attempt(file)
+        ends = [attempt.wait() for attempt in both]
     refused = [why for code, why in ends if code == EXIT_USER]
     lost = [] if 0 in [code for code, _ in ends] else [f"neither went on: {ends}"]
     campaign.count("two runs in one folder", len(refused) == 1 and "another process trains in it" in refused[0],

@@ -1,8 +1,6 @@
 """Every file of a checkpoint and of a data set, cut, flipped and removed."""
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 from functools import partial
@@ -14,7 +12,6 @@ from faults.toyrun import STEPS, configuration, differences, steps_of
 from serpent_scale.checkpoint import manifest, store
 from serpent_scale.errors import EXIT_USER, UserError
 from serpent_scale.training.streams import open_streams
-from serpent_scale.training.trainer import find_checkpoint
 
 HALFWAY = 2 * STEPS // 3  # where it evaluates anyway
 UNREAD = "preparation.json"  # how the data was made: no run reads it, and no hash is kept of it
@@ -79,10 +76,8 @@ def checkpoint(campaign, halves: Half, damage: str) -> None:
         for i in range(tries):
             path.write_bytes(content)
             DAMAGES[damage](path, draw)
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
-                found = find_checkpoint("auto", checkpoints)
-            named = f"skipped checkpoint {newest}: " in said.getvalue()
+            found, skipped = store.newest(checkpoints)
+            named = [path for path, _ in skipped] == [newest]
             lost = [] if found == checkpoints / store.folder_name(older) else [f"{path}: {found} is used"]
             if not lost and i == tries - 1 and chosen(campaign, damage, path):
                 lost = campaign.completes(0, again(campaign, folder))
@@ -137,7 +132,8 @@ def data_set(campaign, halves: Half, damage: str) -> None:
 
 def chosen(campaign, damage: str, path: Path) -> bool:
     """Whether a run is started on this damage, which in the quick form is done for one file of each kind."""
-    return not campaign.quick or damage == "flipped" and path.name in ("state-00001.safetensors", "documents.npy")
+    ours = (store.folder_name(HALFWAY), "state-00001.safetensors"), ("train", "documents.npy")
+    return not campaign.quick or damage == "flipped" and path.parts[-2:] in ours
 
 
 def again(campaign, folder: Path) -> Path:

@@ -69,12 +69,13 @@ class Kills:
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
             killed = time.monotonic()
+            while hasty and attempt.processes[victim].poll() is None:  # up to 0.4 s were seen, with its lock
+                time.sleep(0.002)
             self.attempt = self.start() if hasty else None
             code, _ = attempt.wait()
             seconds = time.monotonic() - killed
             if -signal.SIGKILL in attempt.codes():
-                break
-            self.attempt = None  # it had just ended
+                break  # else it had just ended
         phase = "saving" if self.leftovers() - leftovers else "training" if attempt.begun() else "starting"
         self.campaign.numbers["teardown"] = max(self.campaign.numbers.get("teardown", 0), seconds)
         lost = self.losses(before)
@@ -91,7 +92,7 @@ class Kills:
             come = {"starting": lambda: time.monotonic() > until, "training": attempt.begun,
                     "saving": lambda: self.leftovers() - partial_ones}[aim]()
             if come:
-                time.sleep({"starting": 0, "training": draw.uniform(0, 0.8), "saving": draw.uniform(0, 0.1)}[aim])
+                time.sleep({"starting": 0, "training": draw.uniform(0, 0.5), "saving": draw.uniform(0, 0.1)}[aim])
                 return not attempt.ended()
             time.sleep(0.002)
         return False

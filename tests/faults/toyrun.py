@@ -31,7 +31,8 @@ def configuration(lane: int, data: Path, folder: Path) -> Config:
     return run_config(
         data, folder, model={"d_model": 16, "n_layers": 1, "pattern": ["mamba"], **sections.get("model", {})},
         training={"max_steps": STEPS, "global_batch": 8, "micro_batch": 4, "max_bad_steps": 2, **sections["training"]},
-        checkpoint={"every": EVERY, **sections.get("checkpoint", {})}, deepspeed=sections.get("deepspeed", {}), logging={"every": 1},
+        checkpoint={"every": EVERY, **sections.get("checkpoint", {})}, deepspeed=sections.get("deepspeed", {}),
+        logging={"every": 1},
         evaluation={"every": EVALUATION, "max_windows": 8},
     )
 
