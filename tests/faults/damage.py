@@ -118,7 +118,7 @@ def data_set(campaign, halves: Half, damage: str) -> None:
             try:
                 if read_all(config, state) != intact:
                     lost = [f"{path}: other samples come out"]
-                said = "\n".join(verification.faults(data, ("train", "validation")))
+                said = "\n".join(verification.Place(str(data)).faults(("train", "validation")))
             except UserError as error:
                 said = str(error)
                 if i == tries - 1 and chosen(campaign, damage, path):
