@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -64,25 +65,32 @@ class Half:
         return Path(shutil.copytree(half, folder))
 
 
+def damaged(campaign, damage: str, folder: Path, keyed) -> Iterator[tuple[Path, bool]]:
+    """Each file of the folder, damaged again and again and then made whole; True with it at the last time. keyed(path): what the
+    draws of a file depend on."""
+    tries = 1 if damage == "removed" else 3 if campaign.quick else 100
+    for path in files(folder):
+        draw, content = campaign.random(f"{damage} {keyed(path)}"), path.read_bytes()
+        for i in range(tries):
+            path.write_bytes(content)
+            DAMAGES[damage](path, draw)
+            yield path, i == tries - 1
+        path.write_bytes(content)
+
+
 def checkpoint(campaign, halves: Half, damage: str) -> None:
     """The newest checkpoint is passed over by name, and the run goes on from the one before."""
     folder = halves.copy("damaged")
     checkpoints = folder / "run" / "checkpoints"
     older, newest = steps_of(folder / "run")[-2:]
     newest = checkpoints / store.folder_name(newest)
-    for path in files(newest):
-        draw, content = campaign.random(f"{damage} {path.name}"), path.read_bytes()
-        tries = 1 if damage == "removed" else 3 if campaign.quick else 100
-        for i in range(tries):
-            path.write_bytes(content)
-            DAMAGES[damage](path, draw)
-            found, skipped = store.newest(checkpoints)
-            named = [path for path, _ in skipped] == [newest]
-            lost = [] if found == checkpoints / store.folder_name(older) else [f"{path}: {found} is used"]
-            if not lost and i == tries - 1 and chosen(campaign, damage, path):
-                lost = campaign.completes(0, again(campaign, folder))
-            campaign.count(f"a file of a checkpoint {damage}", named, lost)
-        path.write_bytes(content)
+    for path, last in damaged(campaign, damage, newest, lambda path: path.name):
+        found, skipped = store.newest(checkpoints)
+        named = [path for path, _ in skipped] == [newest]
+        lost = [] if found == checkpoints / store.folder_name(older) else [f"{path}: {found} is used"]
+        if not lost and last and chosen(campaign, damage, path):
+            lost = campaign.completes(0, again(campaign, folder))
+        campaign.count(f"a file of a checkpoint {damage}", named, lost)
 
 
 def no_checkpoint(campaign, halves: Half) -> None:
@@ -108,26 +116,20 @@ def data_set(campaign, halves: Half, damage: str) -> None:
     path, _ = store.newest(folder / "run" / "checkpoints")
     state = store._read_json(path / "trainer.json")["data"]
     intact = read_all(config, state)
-    for path in files(data):
-        draw, content = campaign.random(f"{damage} {path.relative_to(data)}"), path.read_bytes()
-        tries = 1 if damage == "removed" else 3 if campaign.quick else 100
-        for i in range(tries):
-            path.write_bytes(content)
-            DAMAGES[damage](path, draw)
-            lost = []
-            try:
-                if read_all(config, state) != intact:
-                    lost = [f"{path}: other samples come out"]
-                said = "\n".join(verification.Place(str(data)).faults(("train", "validation")))
-            except UserError as error:
-                said = str(error)
-                if i == tries - 1 and chosen(campaign, damage, path):
-                    lost = refused(campaign, again(campaign, folder), data, path)
-            if path.name == UNREAD:
-                campaign.count(f"{UNREAD} of the data {damage}", None, lost)
-            else:
-                campaign.count(f"a file of the data {damage}", str(path.parent) in said, lost)
-        path.write_bytes(content)
+    for path, last in damaged(campaign, damage, data, lambda path: path.relative_to(data)):
+        lost = []
+        try:
+            if read_all(config, state) != intact:
+                lost = [f"{path}: other samples come out"]
+            said = "\n".join(verification.Place(str(data)).faults(("train", "validation")))
+        except UserError as error:
+            said = str(error)
+            if last and chosen(campaign, damage, path):
+                lost = refused(campaign, again(campaign, folder), data, path)
+        if path.name == UNREAD:
+            campaign.count(f"{UNREAD} of the data {damage}", None, lost)
+        else:
+            campaign.count(f"a file of the data {damage}", str(path.parent) in said, lost)
 
 
 def chosen(campaign, damage: str, path: Path) -> bool:
