@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from serpent_scale.config import AttentionConfig
 from serpent_scale.model.documents import FAR, Documents
-from serpent_scale.model.mixer import Begun, Mixer, Told, to_front
+from serpent_scale.model.mixer import Begun, Mixer, Told, at_slots, to_front
 
 QUERIES = 1024  # asked at once where there is a mask: it is (B, 1, QUERIES, keys)
 
@@ -51,7 +51,7 @@ class Attention(Mixer):
             k, v = _after_cache(k, v, state)
         y = attend(q, k, v) if alone else attend(q, k, v, documents.since_reset, state)
         if alone and documents.n_live is None:
-            return self.out_proj(y.flatten(2)), AttentionState(k, v, _full(documents))
+            return self.out_proj(y.flatten(2)), AttentionState(k, v, documents.in_use)
         return self.out_proj(y.flatten(2)), hand_on(k, v, *_end(documents), state)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,14 +216,9 @@ def _after_cache(k: Tensor, v: Tensor, state: AttentionState) -> tuple[Tensor, T
     return torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)
 
 
-def _full(documents: Documents) -> Tensor:
-    batch, length = documents.reset.shape
-    return torch.full((batch,), length, device=documents.reset.device)
-
-
 def _end(documents: Documents) -> tuple[Tensor, Tensor]:
     """(B,) slots in use, and places since the document's first at the last of them."""
-    n_live = _full(documents) if documents.n_live is None else documents.n_live
+    n_live = documents.in_use
     return n_live, documents.since_reset.gather(1, (n_live - 1).clamp(min=0)[:, None])[:, 0]
 
 
@@ -235,4 +230,4 @@ def _packed(rows: Tensor, sizes: list[int], counts: Tensor) -> Tensor:
     begins = torch.tensor([0, *sizes[:-1]], device=rows.device).cumsum(0)
     shift = begins[:, None] - (ends - counts)
     source = (at + shift.t().gather(1, part)).clamp(max=rows.shape[1] - 1)
-    return rows.gather(1, source[..., None].expand(-1, -1, rows.shape[2]))
+    return at_slots(rows, source)

@@ -53,6 +53,12 @@ class Documents:
         live = None if self.live is None else self.live.to(device, non_blocking=True)
         return Documents(self.reset.to(device, non_blocking=True), self.lengths, live, pieces=self.pieces)
 
+    @property
+    def in_use(self) -> Tensor:
+        """(B,) int64 slots in use per row."""
+        batch, length = self.reset.shape
+        return torch.full((batch,), length, device=self.reset.device) if self.n_live is None else self.n_live
+
     def most_pieces(self) -> int:
         """`pieces`; the device is asked where they are not known."""
         return 1 + int(self.reset[:, 1:].sum(1).max()) if self.pieces is None else self.pieces

@@ -132,10 +132,11 @@ def to_front(x: Tensor, documents: Documents) -> tuple[Tensor, Documents, Callab
         documents, reset=documents.reset.gather(1, forth) & live, live=live, n_live=n_live,
         since_reset=documents.since_reset.gather(1, forth),
     )
-    return _rows(x, forth), moved, lambda y: _rows(y, back)
+    return at_slots(x, forth), moved, lambda y: at_slots(y, back)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def at_slots(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, S, d), index (B, J) int64 -> x[b, index[b, j]] (B, J, d)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 

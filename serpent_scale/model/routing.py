@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serpent_scale.model.documents import Documents
+from serpent_scale.model.mixer import at_slots
 from serpent_scale.model.states import step_live
 from serpent_scale.model.teaching import Losses
 
@@ -48,7 +49,7 @@ class RoutedBranch(nn.Module):
         emitter, live = _slots(emits, newest)
         reset = documents.reset.gather(1, emitter) & live
         elements = Documents(reset, live=live, n_live=newest[:, -1] + 1, pieces=documents.pieces)
-        x = _rows(u, emitter) * live[..., None]
+        x = at_slots(u, emitter) * live[..., None]
         if state is not None and u.shape[1] == 1 and not torch.is_grad_enabled():
             y, inner = step_live(self.inner, self.d_out, x, elements, inner)
         else:
@@ -56,13 +57,13 @@ class RoutedBranch(nn.Module):
         y = y.masked_fill(~live[..., None], 0)
         with torch.autocast(u.device.type, enabled=False):
             smoothed = smooth(y.to(p.dtype), torch.where(live, p.gather(1, emitter), 1), output)
-            z = _rows(smoothed, newest + 1)
+            z = at_slots(smoothed, newest + 1)
             if torch.is_grad_enabled():
                 sure = torch.where(emits, p, 1 - p)
                 z = z * (1 + (sure - sure.detach()))[..., None]
         if documents.lessons is not None:
             documents.lessons.append(lambda losses: ratio_loss(p, emits, self.rate, losses))
-        return z.to(y.dtype), RoutedState(key, inner, _rows(smoothed, newest[:, -1:] + 1)[:, 0])
+        return z.to(y.dtype), RoutedState(key, inner, at_slots(smoothed, newest[:, -1:] + 1)[:, 0])
 
     def _boundaries(self, u: Tensor, reset: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """(p (B, L) that a token begins something new, 1 at the first of a document; the last token's key (B, R))."""
@@ -110,8 +111,3 @@ def ratio_loss(p: Tensor, emits: Tensor, rate: float, losses: Losses) -> Tensor:
     n, known, count = 1 / rate, losses.known, losses.known.sum().clamp(min=1)
     share, mean = (emits & known).sum() / count, (p * known).sum() / count
     return n / (n - 1) * ((n - 1) * share * mean + (1 - share) * (1 - mean))
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, S, d), index (B, J) -> x[b, index[b, j]] (B, J, d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -185,9 +185,7 @@ def _state_gradient(saved: tuple, grad_y: Tensor, grad_after: Tensor | None) -> 
 
 def _span(documents: Documents, dtype: torch.dtype) -> Tensor:
     """(B,) slots in use, infinite where a document begins among them."""
-    batch, length = documents.reset.shape
-    n = torch.full((batch,), length, device=documents.reset.device) if documents.n_live is None else documents.n_live
-    return n.to(dtype).masked_fill(documents.reset.any(1), torch.inf)
+    return documents.in_use.to(dtype).masked_fill(documents.reset.any(1), torch.inf)
 
 
 def _begin(
@@ -226,7 +224,8 @@ def _begin(
             if state is None:
                 return within, after
         if state is not None:
-            carried = torch.exp(size * log_decay.flatten() * torch.arange(count, device=u.device)[:, None]) * state.flatten(1)[:, None]
+            powers_of_chunks = torch.exp(size * log_decay.flatten() * torch.arange(count, device=u.device)[:, None])
+            carried = powers_of_chunks * state.flatten(1)[:, None]
             before = before + carried.masked_fill(layout.starts.cumsum(1)[..., None] > 0, 0)
             after = after + decay(log_decay)(_span(documents, u.dtype)) * state
         read_out = _parts(read[..., None] * powers[..., 1:], conjugate=True)  # (D, N, T)
@@ -252,8 +251,7 @@ def _pad(u: Tensor, slots: Tensor | None, total: int) -> Tensor:
 
 def _tail(u: Tensor, documents: Documents, slots: Tensor | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row's last token in use: (its chunk up to it, moved to the chunk's end (B, T, D), its place in it, the chunk)."""
-    length = u.shape[1]
-    n_live = torch.full((len(u),), length, device=u.device) if documents.n_live is None else documents.n_live
+    n_live = documents.in_use
     slot = n_live - 1
     if slots is not None:
         slot = torch.where(n_live > 0, slots.gather(1, slot.clamp(min=0)[:, None])[:, 0], -1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
 from serpent_scale.model.documents import FAR, Documents, Shard
-from serpent_scale.model.mixer import Begun, Mixer
+from serpent_scale.model.mixer import Begun, Mixer, at_slots
 from serpent_scale.model.routing import RoutedBranch, width
 from serpent_scale.model.stack import Stack
 from serpent_scale.model.states import step_live
@@ -142,8 +142,8 @@ class Branch(nn.Module):
             documents = Documents(
                 clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail), pieces=at_end.pieces
             )
-            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), documents, state)
-            y = y.scatter(1, _columns(tail, y_tail), y_tail.to(y.dtype))
+            y_tail, state = self.inner(at_slots(x, tail), documents, state)
+            y = y.scatter(1, tail[..., None].expand_as(y_tail), y_tail.to(y.dtype))
             # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
             earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs
             z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, earlier)
@@ -255,11 +255,6 @@ class Serpent(nn.Module):
 def _emitted(clock: Clock, token: int) -> Tensor:
     """(B,) int64 elements emitted before a token."""
     return torch.zeros_like(clock.n_live) if token <= 0 else clock.newest[:, token - 1].long() + 1
-
-
-def _columns(index: Tensor, like: Tensor) -> Tensor:
-    """(B, J) as the index of `gather` that picks whole rows of (B, S, d)."""
-    return index[..., None].expand(-1, -1, like.shape[2])
 
 
 def projected(config: SerpentConfig) -> bool:

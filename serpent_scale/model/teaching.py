@@ -16,6 +16,7 @@ from torch import Tensor
 from serpent_scale.kernels.resample import TICKS, Clock, Sampling
 from serpent_scale.kernels.resample.reference import intervals
 from serpent_scale.model.documents import Documents
+from serpent_scale.model.mixer import at_slots
 
 RESOLUTION = 1 << 16  # weights of ranks are integers: their running sums do not depend on the order of summation
 
@@ -123,7 +124,7 @@ class _Worth(torch.autograd.Function):
     def backward(ctx, grad, grad_lesson):
         logit, y, emitter, counts = ctx.saved_tensors
         sampling, emitter, length = ctx.sampling, emitter.long(), logit.shape[1]
-        g = grad.gather(1, emitter[..., None].expand(-1, -1, grad.shape[2])).to(logit.dtype)
+        g = at_slots(grad, emitter).to(logit.dtype)
         # A row's first element is no choice either: its slot is left out with those of documents' first.
         worth = (g[:, 1:] * y.diff(dim=1).to(logit.dtype)).sum(-1).square()
         worth = F.pad(worth, (1, 0)).masked_fill(~counts, 0)
