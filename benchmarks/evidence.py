@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from harness import DEVICE, synchronize
 
 from data_pipeline.stream import TokenStream, documents
 from serpent_scale.config import ModelConfig, ScheduleConfig, SerpentConfig
@@ -34,7 +35,6 @@ from serpent_scale.model.placements import placements
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.optimizer import GuardedAdamW, learning_rate, parameter_groups
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE = "mamba"
 PLACES = [name for name in placements(ModelConfig()) if name != REFERENCE]
 LEARNED, UNIFORM = {}, {"clock": "uniform"}
@@ -113,8 +113,7 @@ def run(job: Job, setup: Setup) -> dict:
     result = {**dataclasses.asdict(job), "steps": trainer.n_steps, "train": last}
     for name, folder in setup.scores:
         text = TokenText.join(documents(folder, "validation"))
-        with torch.no_grad():
-            scored = score(trainer.model, text, "windows", setup.length, rows=4 * setup.rows, autocast=True)
+        scored = score(trainer.model, text, "windows", setup.length, rows=4 * setup.rows, autocast=True)
         result[name] = scored.nll / scored.tokens
     return {**result, "seconds": round(time.time() - started, 1)}
 
@@ -122,17 +121,15 @@ def run(job: Job, setup: Setup) -> dict:
 def step_time(variant: str, setup: Setup, steps: int = 30) -> float:
     """Median ms of a step, alone on the device."""
     trainer = Trainer(Job(variant, 1e-4, 0, 10**9), setup)
-    seen, times = 0, []
-    while len(times) < steps and seen < 10 * steps:
-        compiled = len(getattr(trainer.model.forward, "graphs", ())), sum(map(bool, getattr(trainer.model.forward, "graphs", {}).values()))
-        start = time.perf_counter()
+    graphs, times = getattr(trainer.model.forward, "graphs", {}), []
+    for _ in range(10 * steps):
+        before, start = dict(graphs), time.perf_counter()
         trainer.step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        graphs = getattr(trainer.model.forward, "graphs", {})
-        if (len(graphs), sum(map(bool, graphs.values()))) == compiled:  # neither compiled nor captured
+        synchronize()
+        if graphs == before:  # neither compiled nor captured
             times.append(1e3 * (time.perf_counter() - start))
-        seen += 1
+        if len(times) == steps:
+            break
     return statistics.median(times)
 
 
@@ -173,28 +170,31 @@ def report(out: Path) -> str:
     setup, tokens = Setup(**{**head["setup"], "scores": tuple(map(tuple, head["setup"]["scores"]))}), head["tokens"]
     names, times = [name for name, _ in setup.scores], {line["timed"]: line["ms"] for line in lines if "timed" in line}
     runs = [line for line in lines if "seed" in line and line["tokens"] > head["search_tokens"] and "error" not in line]
-    mean = lambda rows, name: statistics.mean(row[name] for row in rows)
+
+    def mean(rows: list[dict], name: str) -> float:
+        return statistics.mean(row[name] for row in rows)
+
     curve = {}
     for row in runs:
         if row["variant"] == REFERENCE:
             curve.setdefault(row["tokens"], []).append(row)
     curve = sorted((n, mean(rows, names[0])) for n, rows in curve.items())
     flops = {variant: flops_per_token(setup.model(variant), setup.length).training for variant in VARIANTS}
-    table = [f"| variant | parameters | MFLOP a token | ms a step | lr | {' | '.join(names)} | seeds | against Mamba at equal tokens | FLOPs | time |",
-             "|" + "---|" * (9 + len(names))]
+    columns = ["variant", "parameters", "MFLOP a token", "ms a step", "lr", *names, "seeds", "against Mamba at equal tokens",
+               "FLOPs", "time"]  # fmt: skip
+    table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for variant in VARIANTS:
         rows = [row for row in runs if row["variant"] == variant and row["tokens"] == tokens]
         if not rows:
             continue
         losses = [mean(rows, name) for name in names]
         spread = "/".join(f"{row[names[0]]:.3f}" for row in sorted(rows, key=lambda row: row["seed"]))
-        against = [losses[0] - at(curve, tokens * share) for share in (
-            1, flops[variant] / flops[REFERENCE], times.get(variant, math.nan) / times.get(REFERENCE, math.nan))]
-        table.append(
-            f"| {variant} | {sum(parameter_counts(setup.model(variant)).values()) / 1e6:.2f}M | {flops[variant] / 1e6:.0f} | "
-            f"{times.get(variant, math.nan):.1f} | {rows[0]['lr']:g} | {' | '.join(f'{loss:.4f}' for loss in losses)} | {spread} | "
-            + " | ".join(f"{value:+.3f}" for value in against) + " |"
-        )
+        ms = times.get(variant, math.nan)
+        shares = 1, flops[variant] / flops[REFERENCE], ms / times.get(REFERENCE, math.nan)
+        cells = [variant, f"{sum(parameter_counts(setup.model(variant)).values()) / 1e6:.2f}M", f"{flops[variant] / 1e6:.0f}",
+                 f"{ms:.1f}", f"{rows[0]['lr']:g}", *(f"{loss:.4f}" for loss in losses), spread,
+                 *(f"{losses[0] - at(curve, tokens * share):+.3f}" for share in shares)]  # fmt: skip
+        table.append("| " + " | ".join(cells) + " |")
     return "\n".join(table)
 
 
@@ -212,7 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a run")
     parser.add_argument("--report", action="store_true", help="print the table of FILE.jsonl and stop")
     parser.add_argument("--data", help="folder to train and score on")
-    parser.add_argument("--score", action="append", default=[], metavar="NAME=FOLDER", help="also score this one's validation split")
+    parser.add_argument("--score", action="append", default=[], metavar="NAME=FOLDER",
+                        help="also score this one's validation split")  # fmt: skip
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--phase", nargs="+", default=["search", "train", "time"], choices=["search", "train", "time"])
     parser.add_argument("--d-model", type=int, default=512, help="from 512 on widths are aligned, and fast")
@@ -237,7 +238,10 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
     stream = TokenStream(arguments.data, "train", arguments.length, seed=0, shuffle_block=4096)
     scores = [("own", arguments.data), *(tuple(text.split("=", 1)) for text in arguments.score)]
-    setup = Setup(arguments.data, tuple(scores), stream.index.vocab_size, arguments.d_model, arguments.n_layers, arguments.rows, arguments.length)
+    setup = Setup(
+        arguments.data, tuple(scores), stream.index.vocab_size, arguments.d_model, arguments.n_layers, arguments.rows,
+        arguments.length,
+    )  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if not read(arguments.out):
         head = {"setup": dataclasses.asdict(setup), "tokens": arguments.tokens, "search_tokens": arguments.search_tokens}
