@@ -6,6 +6,7 @@ from numerics import DEVICE, assert_near, gradients
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.mamba_inner import mamba_inner, reference
 from serpent_scale.kernels.mamba_inner import triton as fused
+from serpent_scale.kernels.selective_scan import triton as scan
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba, dt_rank
 
@@ -31,16 +32,19 @@ def packed(batch, length, live=False):
     return Documents(reset, live=in_use)
 
 
+def flags_of(documents, device=DEVICE):
+    if documents is None:
+        return (None,) * 4
+    flags = documents.since_reset, documents.n_live, documents.reset, documents.live
+    return [None if f is None else f.to(device) for f in flags]
+
+
 def run(op, values, documents=None, use_state=True):
     """Outputs, then the gradients of a projection of them in every float input."""
     leaves = [v.requires_grad_() for v in values][: None if use_state else 8]
     state = leaves[8:] if use_state else (None, None)
     device = leaves[0].device
-    flags = (None,) * 4
-    if documents is not None:
-        flags = documents.since_reset, documents.n_live, documents.reset, documents.live
-        flags = [None if f is None else f.to(device) for f in flags]
-    y, halo, final = op(*leaves[:8], *flags, *state)
+    y, halo, final = op(*leaves[:8], *flags_of(documents, device), *state)
     if documents is not None and documents.live is not None:  # outputs at slots not in use mean nothing
         y = y * documents.live.to(device)[..., None]
     outputs = (y, halo, final)
@@ -69,6 +73,29 @@ def test_documents_and_unused_slots(live):
 def test_bfloat16(use_state):
     bound = 1.5e-2 if DEVICE == "cuda" else 4e-2  # the interpreter rounds to bfloat16 towards zero
     compare(inputs(2, 45, 24, dtype=torch.bfloat16), bound, packed(2, 45, True), use_state)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-6), (torch.bfloat16, 1.5e-2 if DEVICE == "cuda" else 4e-2)])
+def test_several_together(dtype, bound, monkeypatch):
+    """Of other lengths, widths and flags each, some of them cut into segments."""
+    monkeypatch.setattr(scan, "_size", lambda length, wanted: (-(-length // 32), 32))
+    cases = [(inputs(2, 45, 24, dtype=dtype), packed(2, 45), False), (inputs(1, 20, 40, dtype=dtype), None, False),
+             (inputs(2, 38, 16, rank=2, dtype=dtype), packed(2, 38, True), True)]  # fmt: skip
+    together = [[v.detach().clone().to(DEVICE) for v in values] for values, _, _ in cases]
+
+    leaves = [v.requires_grad_() for values in together for v in values]
+    calls = [(*values[:8], *flags_of(documents), *(values[8:] if state else (None, None)))
+             for values, (_, documents, state) in zip(together, cases)]  # fmt: skip
+    outputs = [out for outs in fused.mamba_inner_together(calls) for out in outs]
+    outputs[6] = outputs[6] * cases[2][1].live.to(DEVICE)[..., None]
+    got = gradients(outputs, leaves)
+    exact = [[v.double().requires_grad_() for v in values] for values, _, _ in cases]
+    wanted = []
+    for values, (_, documents, state) in zip(exact, cases):
+        wanted += reference.mamba_inner(*values[:8], *flags_of(documents, "cpu"), *(values[8:] if state else (None, None)))
+    wanted[6] = wanted[6] * cases[2][1].live[..., None]
+    assert_near(NAMES[:3] * 3, outputs, wanted, bound)
+    assert_near(NAMES[3:] * 3, got, gradients(wanted, [v for values in exact for v in values]), bound)
 
 
 def test_only_what_it_promises_is_kept():

@@ -58,6 +58,29 @@ def test_gradients_of_one_output_alone(outputs, residual, poisoned):
         assert_near(range(len(got)), got, want, BOUNDS[dtype])
 
 
+def test_it_keeps_its_output_and_a_number_a_row():
+    x, weight, residual = case((40, 33), torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        normalised, _ = kernel.rms_norm(x, weight, EPS, residual, torch.bfloat16)
+    assert {t.data_ptr() for t in kept if t.dim() > 1} == {normalised.data_ptr()}
+    assert sum(t.numel() for t in kept) == normalised.numel() + 40 + 33
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16, torch.float16])
+def test_weights_of_zero_are_trained(out_dtype):
+    torch.manual_seed(6)
+    x, weight, residual = case((40, 33), torch.bfloat16)
+    with torch.no_grad():
+        weight[::3], weight[1], weight[4], weight[7] = 0.0, -0.0, 1e-12, -3e-7
+    inputs = [x, weight, residual]
+    got, want = outcome(kernel.rms_norm, inputs, out_dtype), outcome(reference.rms_norm, exact(inputs))
+    assert not got[0][:, ::3].to(torch.float16).any()
+    bound = BOUNDS[torch.float32 if out_dtype is None else torch.bfloat16]
+    assert_near(("grad_weight", "grad_residual"), got[3:], want[3:], bound)
+    assert_near(("grad_weight of 0",), (got[3][::3],), (want[3][::3],), bound)
+
+
 @pytest.mark.parametrize("op", [reference.rms_norm, chosen])
 def test_equals_torch(op):
     torch.manual_seed(1)
@@ -83,9 +106,10 @@ def test_strided_inputs_and_gradients_written_into_half_of_a_buffer(poisoned):
     got = kernel.forward(x, weight, EPS, residual)
     assert all(torch.equal(g, w) for g, w in zip(got, kernel.forward(x.contiguous(), weight, EPS, residual.contiguous())))
     grads = torch.randn(2, 2, 9, 40, device=DEVICE)[..., 20:]
-    found = kernel.backward(grads[0], grads[1], *got[1:], weight, torch.float32, out=wide[..., 20:])
+    kept = got[0], got[2]
+    found = kernel.backward(grads[0], grads[1], *kept, weight, torch.float32, out=wide[..., 20:])
     assert found[0].data_ptr() == wide[..., 20:].data_ptr() and (wide[..., :20] == 3).all()
-    dense = kernel.backward(grads[0].contiguous(), grads[1].contiguous(), *got[1:], weight, torch.float32)
+    dense = kernel.backward(grads[0].contiguous(), grads[1].contiguous(), *kept, weight, torch.float32)
     assert all(torch.equal(g, w) for g, w in zip(found, dense))
 
 
@@ -97,11 +121,11 @@ def test_a_row_depends_on_nothing_but_itself_and_repeats_to_the_bit(d):
     assert all(torch.equal(a, b) for a, b in zip(first, outcome(kernel.rms_norm, inputs)))
     x, weight, residual = (v.detach() for v in inputs)
     normalised, h, rstd = kernel.forward(x, weight, EPS, residual)
-    grads = kernel.backward(normalised, h, h, rstd, weight, x.dtype)
+    grads = kernel.backward(h, h, normalised, rstd, weight, x.dtype)
     for rows in (slice(0, 1), slice(22, 23), slice(5, 18)):
         some = kernel.forward(x[rows], weight, EPS, residual[rows])
         assert all(torch.equal(s, a[rows]) for s, a in zip(some, (normalised, h, rstd)))
-        some = kernel.backward(normalised[rows], h[rows], h[rows], rstd[rows], weight, x.dtype)
+        some = kernel.backward(h[rows], h[rows], normalised[rows], rstd[rows], weight, x.dtype)
         assert all(torch.equal(s, a[rows]) for s, a in zip(some[:2], grads[:2]))
 
 
@@ -109,8 +133,8 @@ def test_more_rows_than_programs(poisoned):
     torch.manual_seed(4)
     x, weight, residual = case((11, 16))
     found = kernel.forward(x.detach(), weight.detach(), EPS, residual.detach())
-    one = kernel.backward(found[0], None, *found[1:], weight.detach(), x.dtype, programs=1)
-    three = kernel.backward(found[0], None, *found[1:], weight.detach(), x.dtype, programs=3)
+    one = kernel.backward(found[1], None, found[0], found[2], weight.detach(), x.dtype, programs=1)
+    three = kernel.backward(found[1], None, found[0], found[2], weight.detach(), x.dtype, programs=3)
     assert_near(("grad_x", "grad_residual", "grad_weight"), one, three, 1e-6)
 
 
@@ -130,7 +154,7 @@ def test_offsets_past_2_31(poisoned):
     normalised, h, rstd = kernel.forward(x, weight, EPS, out_dtype=torch.bfloat16)
     want = F.rms_norm(x[-5:].double(), (d,), weight.double(), EPS)
     assert_near(("normalised", "h"), (normalised[-5:], h[-5:]), (want, x[-5:]), 1e-2)
-    grad_x = kernel.backward(normalised, None, h, rstd, weight, x.dtype, need_residual=False)[0]
+    grad_x = kernel.backward(normalised, None, normalised, rstd, weight, x.dtype, need_residual=False)[0]
     leaf = x[-5:].double().requires_grad_()
     want = torch.autograd.grad(F.rms_norm(leaf, (d,), weight.double(), EPS), leaf, normalised[-5:].double())[0]
     assert_near(("grad_x",), (grad_x[-5:],), (want,), 1e-2)

@@ -25,11 +25,15 @@ def inputs(batch, length, d_inner, d_state, dtype=torch.float32, strided=False):
     return [x, dt, A, B, C, D, z, bias, torch.randn(batch, d_inner, d_state)]
 
 
-def compare(values, bound, reset=None, live=None, use_state=True, views=False):
+def compare(values, bound, reset=None, live=None, use_state=True, views=False, odd=0):
+    """views: inputs are halves of a wider tensor, as the layer's projections are; odd: behind so many other columns."""
     leaves = [v.to(DEVICE).requires_grad_() for v in values]
     used = list(leaves)
-    if views:  # halves of a wider tensor, as the layer's projections are
-        used = [torch.cat([v, v], -1)[..., : v.shape[-1]] if v.dim() == 3 and i < 7 else v for i, v in enumerate(leaves)]
+    if views:
+        used = [
+            torch.cat([v[..., :odd], v, v], -1)[..., odd : odd + v.shape[-1]] if v.dim() == 3 and i < 7 else v
+            for i, v in enumerate(leaves)
+        ]
     flags = [None if f is None else f.to(DEVICE) for f in (reset, live)]
     got = scan.selective_scan(*used[:8], *flags, used[8] if use_state else None)
     got = (*got, *gradients(got, leaves if use_state else leaves[:8]))
@@ -39,7 +43,7 @@ def compare(values, bound, reset=None, live=None, use_state=True, views=False):
     assert_near(NAMES[: len(got)], got, want, bound)
 
 
-@pytest.mark.parametrize("length, d_inner, d_state", [(1, 8, 16), (37, 40, 16), (70, 33, 8)])
+@pytest.mark.parametrize("length, d_inner, d_state", [(1, 8, 16), (37, 40, 16), (70, 33, 8), (32, 16, 8), (64, 32, 16)])
 def test_outputs_states_and_gradients(kernels, length, d_inner, d_state):
     compare(inputs(2, length, d_inner, d_state), 3e-6)
 
@@ -57,8 +61,15 @@ def test_segments_give_what_one_pass_gives(kernels, monkeypatch):
     compare(values, 3e-6, reset)
 
 
-def test_bfloat16(kernels):
-    compare(inputs(1, 61, 24, 16, torch.bfloat16), 8e-3)  # the interpreter rounds to bfloat16 towards zero
+@pytest.mark.parametrize("length, d_inner, d_state, views", [(61, 24, 16, False), (64, 32, 16, False), (64, 16, 8, True)])
+def test_bfloat16(kernels, length, d_inner, d_state, views):
+    values = inputs(1, length, d_inner, d_state, torch.bfloat16)
+    compare(values, 8e-3, views=views)  # the interpreter rounds to bfloat16 towards zero
+
+
+def test_bfloat16_at_odd_addresses(kernels):
+    values = inputs(2, 32, 16, 16, torch.bfloat16)
+    compare(values, 8e-3, views=True, odd=1)
 
 
 def test_a_gate_of_zero_passes_its_gradient(kernels):

@@ -4,7 +4,7 @@ import torch
 
 from . import reference
 
-__all__ = ["mamba_inner", "mamba_inner_phases"]
+__all__ = ["mamba_inner", "mamba_inner_phases", "mamba_inner_together"]
 
 
 def mamba_inner(
@@ -15,6 +15,11 @@ def mamba_inner(
     return _form(xz).mamba_inner(
         xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
     )
+
+
+def mamba_inner_together(calls, copies=None):
+    """See `reference.mamba_inner_together`."""
+    return _form(calls[0][0]).mamba_inner_together(calls, copies)
 
 
 def mamba_inner_phases(xz, *arguments, **named):

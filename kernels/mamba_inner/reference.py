@@ -28,6 +28,12 @@ def mamba_inner(
     return y, halo, state
 
 
+def mamba_inner_together(calls: list[tuple], copies: list[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`mamba_inner` of each: rows of any sizes, all xz of one dtype, all A_log of one d_state. copies: of each x_proj and dt_proj
+    in turn, in the dtype of xz, if there are some already."""
+    return [mamba_inner(*call) for call in calls]
+
+
 def mamba_inner_phases(
     xz: Tensor, conv_weight: Tensor, conv_bias: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor,
     D: Tensor, since_reset: Tensor | None = None, n_live: Tensor | None = None, reset: Tensor | None = None,

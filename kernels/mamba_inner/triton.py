@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..causal_conv1d import triton as conv
+from ..linear import low_copies, weight_gradient
 from ..phases import Phases
 from ..selective_scan import triton as scan
 from .reference import decay
@@ -24,8 +25,14 @@ def mamba_inner(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.mamba_inner`, for float32, bfloat16 and float16. The gradients of float32 weights are formed in float32."""
     return _MambaInner.apply(
-        xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
+        None, None, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state
     )
+
+
+def mamba_inner_together(calls: list[tuple], copies: list[Tensor] | None = None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """As `reference.mamba_inner_together`: one launch for their scans, and for what is small."""
+    outputs = _MambaInner.apply(None, copies, *(value for call in calls for value in call))
+    return list(zip(outputs[::3], outputs[1::3], outputs[2::3]))
 
 
 def mamba_inner_phases(
@@ -37,7 +44,10 @@ def mamba_inner_phases(
     segments do to states and to their gradients."""
     shared = _Shared()
     with torch.no_grad(), torch.autocast(xz.device.type, enabled=False):
-        ready = _ready(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
+        call = _Call(
+            xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, None
+        )
+        ready, = _ready([call])
         B = _parts(ready.projected, ready.dt_proj, ready.A)[1]
         passed = scan.segment_states(ready.u, ready.steps, ready.A, B, dt_bias, reset, live)
         state, span = passed.joined(ready.A)
@@ -45,12 +55,39 @@ def mamba_inner_phases(
 
     def run(initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y, halo_out, final = _MambaInner.apply(
-            xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial, shared
+            shared, None, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial
         )
         return y, final, halo_out
 
     saved = xz, ready.projected, ready.dt_proj, dt_bias, ready.A, reset, live
     return Phases(state, span, decay(ready.A), run, saved, shared.gradient)
+
+
+class _Call(NamedTuple):
+    """Arguments of `mamba_inner`."""
+
+    xz: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    since_reset: Tensor | None
+    n_live: Tensor | None
+    reset: Tensor | None
+    live: Tensor | None
+    halo: Tensor | None
+    initial_state: Tensor | None
+
+    @property
+    def z(self) -> Tensor:
+        return self.xz.chunk(2, -1)[1]
+
+    def convolved(self) -> tuple[Tensor, Tensor]:
+        """u and the halo out."""
+        return conv.forward(self.xz.chunk(2, -1)[0], self.conv_weight, self.conv_bias, self.since_reset, self.halo, self.n_live)
 
 
 class _Ready(NamedTuple):
@@ -66,11 +103,18 @@ class _Ready(NamedTuple):
     passed: scan.Segments | None = None
 
 
-def _ready(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo) -> _Ready:
-    x_proj, dt_proj, A = x_proj.to(xz.dtype), dt_proj.to(xz.dtype), torch.exp(A_log).neg_()
-    u, halo_out = conv.forward(xz.chunk(2, -1)[0], conv_weight, conv_bias, since_reset, halo, n_live)
-    projected = torch.mm(_flat(u), x_proj.t()).view(*u.shape[:2], -1)
-    return _Ready(x_proj, dt_proj, A, u, halo_out, projected, _steps(_parts(projected, dt_proj, A)[0], dt_proj))
+def _ready(calls: list[_Call], copies: list[Tensor] | None = None) -> list[_Ready]:
+    dtype, found = calls[0].xz.dtype, []
+    As = torch._foreach_exp([call.A_log for call in calls])
+    torch._foreach_neg_(As)
+    if copies is None:
+        copies = low_copies([weight for call in calls for weight in (call.x_proj, call.dt_proj)], dtype)
+    for call, A, x_proj, dt_proj in zip(calls, As, copies[::2], copies[1::2]):
+        u, halo_out = call.convolved()
+        projected = torch.mm(_flat(u), x_proj.t()).view(*u.shape[:2], -1)
+        steps = _steps(_parts(projected, dt_proj, A)[0], dt_proj)
+        found.append(_Ready(x_proj, dt_proj, A, u, halo_out, projected, steps))
+    return found
 
 
 class _Shared:
@@ -97,58 +141,66 @@ class _Shared:
 
 class _MambaInner(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, since_reset, n_live, reset, live, halo, initial_state,
-        shared=None,
-    ):
+    def forward(ctx, shared, copies, *arguments):
+        """Outputs of the calls, one after the other, whose arguments follow each other. shared: of the only call."""
         ctx.set_materialize_grads(False)
-        ctx.dtypes, ctx.has_state, ctx.shared = (x_proj.dtype, dt_proj.dtype), initial_state is not None, shared
-        z = xz.chunk(2, -1)[1]
-        with torch.autocast(xz.device.type, enabled=False):
-            if shared is None:
-                ready = _ready(xz, conv_weight, conv_bias, x_proj, dt_proj, A_log, since_reset, n_live, halo)
-            else:
-                ready = shared.take("ready")
-            x_proj, dt_proj, A, u, halo_out, projected, steps, passed = ready
-            _, B, C = _parts(projected, dt_proj, A)
-            y, state, kept = scan.forward(u, steps, A, B, C, D, z, dt_bias, reset, live, initial_state, passed)
-        ctx.save_for_backward(
-            xz, projected, y, kept, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, since_reset, n_live, reset, live, halo
-        )
-        return y, halo_out, state
+        size = len(_Call._fields)
+        calls = [_Call(*arguments[i : i + size]) for i in range(0, len(arguments), size)]
+        ctx.shared, ctx.dtypes = shared, [(call.x_proj.dtype, call.dt_proj.dtype) for call in calls]
+        ctx.has_state = [call.initial_state is not None for call in calls]
+        kept, outputs = [], []
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            ready = _ready(calls, copies) if shared is None else [shared.take("ready")]
+            scans = []
+            for call, r in zip(calls, ready):
+                _, B, C = _parts(r.projected, r.dt_proj, r.A)
+                scans.append((r.u, r.steps, r.A, B, C, call.D, call.z, call.dt_bias, call.reset, call.live, call.initial_state))
+            for call, r, (y, state, states) in zip(calls, ready, scan.forward_together(scans, [r.passed for r in ready])):
+                kept += *call._replace(x_proj=r.x_proj, dt_proj=r.dt_proj, A_log=r.A, initial_state=None), r.projected, y, states
+                outputs += y, r.halo_out, state
+        ctx.save_for_backward(*kept)
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, grad_halo_out, grad_state):
-        (xz, projected, y, kept, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
-         since_reset, n_live, reset, live, halo) = ctx.saved_tensors  # fmt: skip
-        grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-        x, z = xz.chunk(2, -1)
-        dt, B, C = _parts(projected, dt_proj, A)
-        grad_xz, grad_projected = torch.empty_like(xz), torch.empty_like(projected)
-        grad_x, grad_z = grad_xz.chunk(2, -1)
-        grad_dt, grad_B, grad_C = _parts(grad_projected, dt_proj, A)
+    def backward(ctx, *gradients):
+        size, kept = len(_Call._fields), ctx.saved_tensors
+        calls = [_Call(*kept[i : i + size]) for i in range(0, len(kept), size + 3)]  # their weights cast, A in the place of A_log
+        found = [kept[i : i + 3] for i in range(size, len(kept), size + 3)]  # x_proj's output, y and the scan's kept states
         asked = None if ctx.shared is None else ctx.shared.take("asked")
-        with torch.autocast(xz.device.type, enabled=False):
-            u, _ = conv.forward(x, conv_weight, conv_bias, since_reset, halo, n_live)
-            steps, segments = (_steps(dt, dt_proj), None) if asked is None else asked
-            g = scan.backward(
-                grad_y, grad_state, u, steps, A, B, C, D, z, dt_bias, reset, live, kept, y,
-                grad_z=grad_z, grad_B=grad_B, grad_C=grad_C, asked=segments,
-            )
-            grad_u, grad_steps = _flat(g["x"]), _flat(g["dt"])
-            torch.mm(grad_steps, dt_proj, out=_flat(grad_dt))
-            grad_dt_proj = _weight_gradient(grad_steps, _flat(dt), ctx.dtypes[1])
-            grad_x_proj = _weight_gradient(_flat(grad_projected), _flat(u), ctx.dtypes[0])
-            grad_u.addmm_(_flat(grad_projected), x_proj)
-            _, grad_conv_weight, grad_conv_bias, grad_halo = conv.backward(
-                g["x"], grad_halo_out, x, conv_weight, conv_bias, since_reset, halo, n_live, out=grad_x
-            )
-        return (
-            grad_xz, grad_conv_weight, grad_conv_bias, grad_x_proj, grad_dt_proj, g["dt_bias"], g["A"].mul_(A), g["D"],
-            None, None, None, None, grad_halo, g["initial_state"] if ctx.has_state else None,
-            None,
-        )  # fmt: skip
+        scans, results, into, segments, work = [], [], [], [], []
+        with torch.autocast(kept[0].device.type, enabled=False):
+            for call, (projected, y, states), grad_y, grad_state in zip(calls, found, gradients[::3], gradients[2::3]):
+                grad_xz, grad_projected = torch.empty_like(call.xz), torch.empty_like(projected)
+                dt, B, C = _parts(projected, call.dt_proj, call.A_log)
+                grad_dt, grad_B, grad_C = _parts(grad_projected, call.dt_proj, call.A_log)
+                u, _ = call.convolved()
+                steps, known = (_steps(dt, call.dt_proj), None) if asked is None else asked
+                scans.append((u, steps, call.A_log, B, C, call.D, call.z, call.dt_bias, call.reset, call.live, grad_state))
+                results.append((torch.zeros_like(y) if grad_y is None else grad_y, states, y))
+                into.append((None, None, grad_xz.chunk(2, -1)[1], grad_B, grad_C))
+                segments.append(known)
+                work.append((u, dt, grad_dt, grad_projected, grad_xz))
+            scanned = scan.backward_together(scans, results, into, segments)
+            torch._foreach_mul_([g["A"] for g in scanned], [call.A_log for call in calls])
+            returned = [None, None]
+            for call, g, (u, dt, grad_dt, grad_projected, grad_xz), grad_halo_out, dtypes, has_state in zip(
+                calls, scanned, work, gradients[1::3], ctx.dtypes, ctx.has_state
+            ):
+                grad_u, grad_steps = _flat(g["x"]), _flat(g["dt"])
+                torch.mm(grad_steps, call.dt_proj, out=_flat(grad_dt))
+                grad_dt_proj = weight_gradient(grad_steps, _flat(dt), dtypes[1])
+                grad_x_proj = weight_gradient(_flat(grad_projected), _flat(u), dtypes[0])
+                grad_u.addmm_(_flat(grad_projected), call.x_proj)
+                x, grad_x = call.xz.chunk(2, -1)[0], grad_xz.chunk(2, -1)[0]
+                _, grad_conv_weight, grad_conv_bias, grad_halo = conv.backward(
+                    g["x"], grad_halo_out, x, call.conv_weight, call.conv_bias, call.since_reset, call.halo, call.n_live, out=grad_x
+                )
+                returned += _Call(
+                    grad_xz, grad_conv_weight, grad_conv_bias, grad_x_proj, grad_dt_proj, g["dt_bias"], g["A"], g["D"],
+                    None, None, None, None, grad_halo, g["initial_state"] if has_state else None,
+                )
+        return tuple(returned)
 
 
 def _flat(v: Tensor) -> Tensor:
@@ -163,10 +215,3 @@ def _parts(projected: Tensor, dt_proj: Tensor, A: Tensor) -> tuple[Tensor, Tenso
 
 def _steps(dt: Tensor, dt_proj: Tensor) -> Tensor:
     return torch.mm(_flat(dt), dt_proj.t()).view(*dt.shape[:2], -1)
-
-
-def _weight_gradient(grad_out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_out^T x, summed over tokens in float32 and, on CUDA devices, not rounded to the products' dtype on the way."""
-    if grad_out.is_cuda and dtype == torch.float32 and grad_out.dtype != dtype:
-        return torch.mm(grad_out.t(), x, out_dtype=dtype)
-    return torch.mm(grad_out.t(), x).to(dtype)

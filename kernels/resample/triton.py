@@ -25,6 +25,7 @@ BITS = tl.constexpr(TICK_BITS)
 LOG2E = tl.constexpr(math.log2(math.e))
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 GAUSS = tl.constexpr(math.sqrt(0.5 * math.log2(math.e)))  # exp(-s^2 / 2) = 2^-(GAUSS s)^2
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no arithmetic in bfloat16
 HALF_UP = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it off rounds to an integer, halves to even
 ROWS, ROW_BLOCK = 4, 1024  # tile of the clock's dot product; fixed, as it fixes the order of summation
 CLOCK_BLOCK = 1024  # tokens scanned at once; sums of drifts over so many fit int32
@@ -253,11 +254,11 @@ def _wide(i):
 
 @triton.jit
 def _row(x, halo, b, t, d, stride_b, stride_l, rows, c, mask, HALO: tl.constexpr):
-    """Row t of x, or of the `rows` rows before x where t < 0, as float32; 0 where masked."""
-    value = tl.load(x + b * stride_b + _wide(t) * stride_l + c, mask=mask & (t >= 0), other=0.0).to(tl.float32)
+    """Row t of x, or of the `rows` rows before x where t < 0; 0 where masked."""
+    value = tl.load(x + b * stride_b + _wide(t) * stride_l + c, mask=mask & (t >= 0), other=0.0)
     if HALO:
         before = halo + (b * rows + rows + t) * d + c
-        value += tl.load(before, mask=mask & (t < 0), other=0.0).to(tl.float32)
+        value = tl.where(t < 0, tl.load(before, mask=mask & (t < 0), other=0.0), value)
     return value
 
 
@@ -311,7 +312,7 @@ def _merge(
             values, weights = (), ()
             for i in tl.static_range(CHUNK):
                 k = start + i
-                values += (_row(u, halo, b, e - k, d, stride_b, stride_l, taps - 1, c, (c < d) & (k < n), HALO),)
+                values += (_row(u, halo, b, e - k, d, stride_b, stride_l, taps - 1, c, (c < d) & (k < n), HALO).to(tl.float32),)
                 weights += _read(mass + (slot * taps + tl.minimum(k, taps - 1)) * M, M)
             for i in tl.static_range(CHUNK):
                 w = tl.zeros([BLOCK], tl.float32) + tl.where(start + i == 0, 1.0, 0.0)
@@ -326,55 +327,51 @@ def _merge(
 def _merge_backward_slots(
     u, halo, grad_x, emitter, mass, basis, lag_parts, basis_parts,
     slots, d, taps, stride_b, stride_l, grad_b, grad_j, per_program,
-    HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Parts of grad_basis (B, programs, M, d), and of the gradient of each tap's interval (blocks of d, B, J, K)."""
+    """Parts of grad_basis (B, programs, M, d), and of the gradient of each tap's interval (blocks of d, B, J, K).
+
+    With v_k = grad_x * u_{e-k}, by 16 slots a time: the bases' gradients are sums over slots and taps of v_k times masses, and
+    an interval's follow from sums of v_k over channels times bases. Both are products for tensor cores, in u's dtype; float32
+    as three of its halves.
+    """
     blocks = tl.cdiv(d, BLOCK)
     block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
-    c, first = block * BLOCK + tl.arange(0, BLOCK), chunk * per_program
+    c, m, first = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, MP), chunk * per_program
     last = tl.minimum(first + per_program, slots)
+    inside, real = (c < d)[None, :], (m < M)[None, :]
     plane = tl.num_programs(1).to(tl.int64) * slots
     emitter += b * slots
     taps_of, slope = emitter + TAPS * plane, mass + plane * (taps * M)
-    rows = _bases(basis, d, c, M)
-    sums = _zeros(M, BLOCK)
-    n, e = tl.load(taps_of + first, mask=first < last, other=0), tl.load(emitter + first, mask=first < last, other=0)
-    for j in range(first, last):
-        slot, follows = b * slots + j, j + 1 < last
-        next_n, next_e = tl.load(taps_of + j + 1, mask=follows, other=0), tl.load(emitter + j + 1, mask=follows, other=0)
-        g = tl.load(grad_x + b * grad_b + _wide(j) * grad_j + c, mask=(c < d) & (n > 0), other=0.0).to(tl.float32)
+    DTYPE: tl.constexpr = tl.bfloat16 if u.dtype.element_ty == tl.bfloat16 and not INTERPRETED else tl.float32
+    bases = tl.load(basis + m[None, :] * d + c[:, None], mask=real & (c < d)[:, None], other=0.0).to(DTYPE)
+    sums = tl.zeros([BLOCK, MP], tl.float32)
+    for start in range(first, last, 16):
+        j = start + tl.arange(0, 16)
+        used = j < last
+        n, e = tl.load(taps_of + j, mask=used, other=0), tl.load(emitter + j, mask=used, other=0)
+        g = grad_x + b * grad_b + _wide(j)[:, None] * grad_j + c[None, :]
+        g = tl.load(g, mask=inside & (n > 0)[:, None], other=0.0).to(DTYPE)
         # Oldest tap first: an interval moves the far lag of its own tap and both lags of the older ones.
-        older, moved = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for start in range(0, n, CHUNK):
-            values, masses, slopes, parts = (), (), (), ()
-            oldest = n - 1 - start
-            for i in tl.static_range(CHUNK):
-                k = oldest - i
-                values += (_row(u, halo, b, e - k, d, stride_b, stride_l, taps - 1, c, (c < d) & (k >= 0), HALO),)
-                masses += _read(mass + (slot * taps + tl.maximum(k, 0)) * M, M)
-                if LEARN:
-                    slopes += _read(slope + (slot * taps + tl.maximum(k, 0)) * M, M)
-            for i in tl.static_range(CHUNK):
-                value = g * values[i]
-                grown = ()
-                for m in tl.static_range(M):
-                    grown += (sums[m] + masses[i * M + m] * value,)
-                sums = grown
-                if LEARN:
-                    w = tl.zeros([BLOCK], tl.float32)
-                    for m in tl.static_range(M):
-                        w += slopes[i * M + m] * rows[m]
-                    moved += w * (value - older)
-                    older = value
-                    parts += (tl.sum(moved, 0),)
+        older, moved = tl.zeros([16, MP], tl.float32), tl.zeros([16], tl.float32)
+        most = tl.max(n, 0)
+        for i in range(0, most):
+            k = most - 1 - i
+            counts = k < n
+            row = _row(u, halo, b, (e - k)[:, None], d, stride_b, stride_l, taps - 1, c[None, :], inside & counts[:, None], HALO)
+            v = row.to(DTYPE) * g
+            at = ((b * slots + j) * taps + k)[:, None] * M + m[None, :]
+            weight = tl.load(mass + at, mask=counts[:, None] & real, other=0.0).to(DTYPE)
+            sums = tl.dot(tl.trans(v), weight, sums, input_precision="tf32x3")
             if LEARN:
-                for i in tl.static_range(CHUNK):
-                    at = (block * plane + slot) * taps + oldest - i
-                    tl.store(lag_parts + at, parts[i], mask=oldest >= i)
-        n, e = next_n, next_e
+                density = tl.load(slope + at, mask=counts[:, None] & real, other=0.0)
+                paid = tl.dot(v, bases, input_precision="tf32x3")
+                moved += tl.sum((paid - older) * density, 1)
+                older = paid
+                tl.store(lag_parts + (block * plane + b * slots + j) * taps + k, moved, mask=counts)
     chunks = tl.num_programs(0) // blocks
-    for m in tl.static_range(M):
-        tl.store(basis_parts + ((b * chunks + chunk) * M + m) * d + c, sums[m], mask=c < d)
+    out = basis_parts + ((b * chunks + chunk) * M + m[None, :]) * d + c[:, None]
+    tl.store(out, sums, mask=real & (c < d)[:, None])
 
 
 @triton.jit
@@ -530,7 +527,7 @@ def _restore(
             lag = tl.load(phase + b * length + l) * (GAUSS / width)
             total = tl.zeros([BLOCK], tl.float32)
             for k in tl.static_range(Q):
-                value = _row(y, tail, b, n - k, d, y_b, y_j, Q, c, mask & (k < known), TAIL)
+                value = _row(y, tail, b, n - k, d, y_b, y_j, Q, c, mask & (k < known), TAIL).to(tl.float32)
                 w = tl.zeros([BLOCK], tl.float32) + (1.0 if k == 0 else 0.0)
                 for m in tl.static_range(M):
                     s = lag + (k / width - m) * GAUSS
@@ -570,7 +567,7 @@ def _restore_backward(
     for j in range(first, tl.minimum(first + per_program, slots)):
         lo = _first_token(emitter, b * slots, j, n_live, length)
         hi = _first_token(emitter, b * slots, j + Q, n_live, length)
-        held = _row(y, tail, b, j, d, y_b, y_j, Q, c, mask & (j < n_live), TAIL)
+        held = _row(y, tail, b, j, d, y_b, y_j, Q, c, mask & (j < n_live), TAIL).to(tl.float32)
         total, by_basis = tl.zeros([BLOCK], tl.float32), _zeros(M, BLOCK)
         for start in range(lo, hi, CHUNK):
             elements, known, lags, values, parts = (), (), (), (), ()
@@ -783,8 +780,8 @@ def compress_forward(
 def compress_backward(
     grad_x: Tensor, grad_phase: Tensor | None, u: Tensor, halo: Tensor | None, basis: Tensor, weight: Tensor | None,
     saved: tuple[Tensor, ...], sampling: Sampling, out: Tensor | None = None,
-    slots_per_program: int | None = None, tokens_per_program: int | None = None, slots_block: int = 128, tokens_block: int = 256,
-    chunk: int = 3,
+    slots_per_program: int | None = None, tokens_per_program: int | None = None, slots_block: int = 64, tokens_block: int = 256,
+    slots_warps: int = 1, slots_stages: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u (into `out`, which may be strided, if given), halo, basis, weight and bias."""
     tokens, floats, at_slots, table = saved
@@ -794,7 +791,7 @@ def compress_backward(
     grad_x, grad_b, grad_j = _strides(grad_x)
     basis, block = basis.contiguous(), _block(d, slots_block)
     blocks = _cdiv(d, block)
-    share = slots_per_program or _share(slots, batch, blocks, 16)
+    share = slots_per_program or 16 * _cdiv(_share(slots, batch, blocks, 16), 16)
     chunks = _cdiv(slots, share)
     lag_parts = torch.empty((blocks, batch, slots, taps) if learn else 0, device=device)
     basis_parts = torch.empty(batch * chunks, bases * d, device=device)
@@ -802,7 +799,8 @@ def compress_backward(
         _merge_backward_slots, (blocks * chunks, batch),
         u, halo if has_halo else u, grad_x, at_slots, table, basis, lag_parts, basis_parts,
         slots, d, taps, stride_b, stride_l, grad_b, grad_j, share,
-        HALO=has_halo, LEARN=learn, M=bases, CHUNK=chunk, BLOCK=block, num_warps=1,
+        HALO=has_halo, LEARN=learn, M=bases, MP=max(8, _power_of_2(bases)), BLOCK=block,
+        num_warps=slots_warps, num_stages=slots_stages,
     )
     before = taps - 1 if has_halo else 0
     covering = torch.empty(batch, before + length, dtype=torch.int32, device=device)

@@ -1,5 +1,8 @@
 """Residual add and root-mean-square normalisation in Triton. One row at a time, all of it in registers, so that a row's
-result depends on nothing but the row; a program of the backward walks several and keeps their weight gradient."""
+result depends on nothing but the row; a program of the backward walks several and keeps their weight gradient.
+
+The backward pass reads the normalised rows, which the product behind the norm keeps anyway, and divides by the weight: a weight
+of 0 counts as TINY. float16 has no room for that, so there h is kept."""
 from __future__ import annotations
 
 import torch
@@ -9,8 +12,15 @@ from torch import Tensor
 
 from ..launch import launch
 
+TINY = tl.constexpr(1e-30)
 LANE_ELEMENTS = 16  # of a row, per thread: few enough that backward keeps 16 warps on a multiprocessor
 BACKWARD_WARPS = 2112  # at most: 16 on each of 132 multiprocessors; more would only mean more partial sums
+
+
+@triton.jit
+def _weight(weight, i, inside):
+    w = tl.load(weight + i, mask=inside, other=1).to(tl.float32)
+    return tl.where(tl.abs(w) < TINY, TINY, w)
 
 
 @triton.jit
@@ -21,7 +31,7 @@ def _rms_norm_forward(x, residual, weight, normalised, h_out, rstd_out, x_row, r
     h = tl.load(x + row * x_row + i, mask=inside, other=0).to(tl.float32)
     if residual is not None:
         h += tl.load(residual + row * residual_row + i, mask=inside, other=0).to(tl.float32)
-    w = tl.load(weight + i, mask=inside, other=0).to(tl.float32)
+    w = _weight(weight, i, inside)
     rstd = tl.rsqrt(tl.sum(h * h, 0) / d + eps)
     if h_out is not None:
         tl.store(h_out + row * d + i, h, mask=inside)
@@ -31,18 +41,20 @@ def _rms_norm_forward(x, residual, weight, normalised, h_out, rstd_out, x_row, r
 
 @triton.jit
 def _rms_norm_backward(
-    grad, grad_h, h, rstd, weight, grad_residual, grad_x, partial, grad_row, grad_h_row, h_row, grad_x_row,
-    n_rows, d, rows_each, BLOCK: tl.constexpr,
+    grad, grad_h, kept, rstd, weight, grad_residual, grad_x, partial, grad_row, grad_h_row, kept_row, grad_x_row,
+    n_rows, d, rows_each, KEPT_H: tl.constexpr, BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * rows_each
     i = tl.arange(0, BLOCK)
     inside = i < d
-    w = tl.load(weight + i, mask=inside, other=0).to(tl.float32)
+    w = _weight(weight, i, inside)
+    inverse = 1.0 / w
     grad_w = tl.zeros((BLOCK,), tl.float32)
     for row in range(first, tl.minimum(first + rows_each, n_rows)):
         g = tl.load(grad + row * grad_row + i, mask=inside, other=0).to(tl.float32)
         r = tl.load(rstd + row)
-        unit = tl.load(h + row * h_row + i, mask=inside, other=0).to(tl.float32) * r
+        unit = tl.load(kept + row * kept_row + i, mask=inside, other=0).to(tl.float32)
+        unit *= r if KEPT_H else inverse
         if grad_h is not None:
             beside = tl.load(grad_h + row * grad_h_row + i, mask=inside, other=0).to(tl.float32)
         grad_w += g * unit
@@ -95,29 +107,30 @@ def forward(
 
 
 def backward(
-    grad_normalised: Tensor, grad_h: Tensor | None, h: Tensor, rstd: Tensor, weight: Tensor, x_dtype: torch.dtype,
-    need_residual: bool = True, out: Tensor | None = None, *, num_warps: int | None = None, programs: int | None = None,
+    grad_normalised: Tensor, grad_h: Tensor | None, kept: Tensor, rstd: Tensor, weight: Tensor, x_dtype: torch.dtype,
+    need_residual: bool = True, out: Tensor | None = None, *, kept_h: bool = False, num_warps: int | None = None,
+    programs: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients to x (in x_dtype), the residual (float32; None if not needed) and weight, of those to the two outputs.
 
-    grad_h may be None. h and rstd are `forward`'s. grad_x is written to out if given, which may be strided, its last
+    grad_h may be None. kept is the normalised rows, or h if kept_h; both and rstd are `forward`'s. grad_x is written to out if given, which may be strided, its last
     dimension dense. Without `out`, the gradients of a float32 x and of the residual are one tensor.
     """
-    grad, beside, flat, weight = _rows(grad_normalised), _rows(grad_h), _rows(h), weight.contiguous()
+    grad, beside, flat, weight = _rows(grad_normalised), _rows(grad_h), _rows(kept), weight.contiguous()
     rows, d = flat.shape
-    grad_residual = torch.empty(h.shape, dtype=torch.float32, device=h.device) if need_residual else None
+    grad_residual = torch.empty(kept.shape, dtype=torch.float32, device=kept.device) if need_residual else None
     shared = need_residual and out is None and x_dtype == torch.float32
-    grad_x = grad_residual if shared else torch.empty(h.shape, dtype=x_dtype, device=h.device) if out is None else out
+    grad_x = grad_residual if shared else torch.empty(kept.shape, dtype=x_dtype, device=kept.device) if out is None else out
     into = None if shared else grad_x.view(-1, d)
     block, warps = _block_and_warps(d)
     rows_each = max(triton.cdiv(rows, programs or BACKWARD_WARPS // warps), 1)
     programs = triton.cdiv(rows, rows_each)
-    partial = torch.empty(programs, d, dtype=torch.float32, device=h.device)
+    partial = torch.empty(programs, d, dtype=torch.float32, device=kept.device)
     launch(
         _rms_norm_backward, (programs,),
         grad, beside, flat, rstd, weight, grad_residual, into, partial,
         grad.stride(0), _row_stride(beside), flat.stride(0), _row_stride(into), rows, d, rows_each,
-        BLOCK=block, num_warps=num_warps or warps,
+        KEPT_H=kept_h, BLOCK=block, num_warps=num_warps or warps,
     )
     return grad_x, grad_residual, partial.sum(0).to(weight.dtype)
 
@@ -127,18 +140,21 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, residual, out_dtype):
         ctx.set_materialize_grads(False)
         normalised, h, rstd = forward(x, weight, eps, residual, out_dtype)
-        ctx.save_for_backward(h, rstd, weight)
+        ctx.kept_h = normalised.dtype == torch.float16
+        ctx.save_for_backward(h if ctx.kept_h else normalised, rstd, weight)
         ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
         return normalised, h
 
     @staticmethod
     def backward(ctx, grad_normalised, grad_h):
-        h, rstd, weight = ctx.saved_tensors
+        kept, rstd, weight = ctx.saved_tensors
         if grad_normalised is None:
             grad_x, grad_residual, grad_weight = grad_h.to(ctx.x_dtype), grad_h, None
         else:
             need = ctx.residual_dtype is not None
-            grad_x, grad_residual, grad_weight = backward(grad_normalised, grad_h, h, rstd, weight, ctx.x_dtype, need)
+            grad_x, grad_residual, grad_weight = backward(
+                grad_normalised, grad_h, kept, rstd, weight, ctx.x_dtype, need, kept_h=ctx.kept_h
+            )
         if ctx.residual_dtype is None:
             grad_residual = None
         elif grad_residual is not None:

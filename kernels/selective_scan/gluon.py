@@ -48,26 +48,100 @@ def _softplus(v, e):
     return gl.maximum(v, 0.0) + p * e
 
 
-@gluon.jit
-def _pointers(base, first, stride, rows, cols):
-    """To rows first..first+T of a token-major matrix: computed once, then moved by T * stride from tile to tile."""
-    return base + first.to(gl.int64) * stride + (gl.expand_dims(rows, 1) * stride + gl.expand_dims(cols, 0))
+@gluon.constexpr_function
+def _pairs_layout():
+    """Two values of each of a lane's two channels, (8, 2, 2): all four together in shared memory, the same for 4 lanes."""
+    lanes = [[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 1, 0]], lanes, [], [], [8, 2, 2])
 
 
 @gluon.jit
-def _inside(rows, first, last, col_ok, FULL: gl.constexpr):
-    """(T, BD) or (T, 1): what of the tile at token `first` lies in the segment."""
-    ok = gl.expand_dims(first + rows < last, 1)
-    if not FULL:
-        ok = ok & gl.expand_dims(col_ok, 0)
-    return ok
+def _pair(shared, t, by_channel: gl.constexpr):
+    """The two values of token t that `_store_pairs` put side by side, (BD,) each."""
+    both = gl.reshape(gl.permute(shared.index(t).load(_pairs_layout()), [0, 2, 1]), [16, 2])
+    first, second = gl.split(both)
+    return gl.convert_layout(first, by_channel, assert_trivial=True), gl.convert_layout(second, by_channel, assert_trivial=True)
 
 
 @gluon.jit
-def _tile(base, first, last, stride, rows, cols, col_ok, FULL: gl.constexpr):
-    """Rows first..first+T of a token-major matrix, 0 outside the segment."""
-    p = gl.expand_dims(base + cols, 0) + gl.expand_dims(first + rows, 1).to(gl.int64) * stride
-    return gl.load(p, mask=_inside(rows, first, last, col_ok, FULL), other=0.0)
+def _store_pairs(shared, first, second, T: gl.constexpr, whole: gl.constexpr):
+    both = gl.permute(gl.reshape(gl.join(first, second), [T, 8, 2, 2]), [0, 1, 3, 2])
+    shared._reinterpret(gl.float32, [T, 8, 2, 2], whole).store(both)
+
+
+@gluon.jit
+def _float(block, layout: gl.constexpr):
+    """One block of `_rows_of` in float32."""
+    if block.dtype == gl.int32:  # two bfloat16
+        low, high = (block << 16).to(gl.float32, bitcast=True), (block & -65536).to(gl.float32, bitcast=True)
+        value = gl.reshape(gl.join(low, high), [block.shape[0], 2 * block.shape[1]])
+        value = gl.convert_layout(value, layout, assert_trivial=True)
+    else:
+        value = block.to(gl.float32)
+    return value
+
+
+@gluon.jit
+def _whole(blocks, layout: gl.constexpr):
+    """What `_rows_of` read, (32, W) in float32."""
+    if len(blocks) == 4:
+        even = gl.join(_float(blocks[0], layout), _float(blocks[2], layout))
+        odd = gl.join(_float(blocks[1], layout), _float(blocks[3], layout))
+        rows = gl.permute(gl.join(even, odd), [2, 3, 0, 1])
+    else:
+        rows = gl.permute(gl.join(_float(blocks[0], layout), _float(blocks[1], layout)), [2, 0, 1])
+    return gl.convert_layout(gl.reshape(rows, [32, rows.shape[-1]]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _block(base, t0, stride: gl.constexpr, width: gl.constexpr, layout: gl.constexpr, R: gl.constexpr):
+    """To R rows of a token-major matrix (R, width), the first block of a tile: the others lie a constant further on."""
+    row, col = gl.arange(0, R, layout=gl.SliceLayout(1, layout)), gl.arange(0, width, layout=gl.SliceLayout(0, layout))
+    return (base + t0.to(gl.int64) * stride) + (gl.expand_dims(row, 1) * stride + gl.expand_dims(col, 0))
+
+
+@gluon.jit
+def _inside(first, last, col_ok, layout: gl.constexpr, R: gl.constexpr):
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
+    return gl.expand_dims(first + row < last, 1) & gl.expand_dims(col_ok, 0)
+
+
+@gluon.jit
+def _rows_of(base, t0, last, stride: gl.constexpr, col_ok, layout: gl.constexpr, FULL: gl.constexpr):
+    """Rows t0..t0+32 of a token-major matrix, W wide as col_ok is, 0 outside the segment; in blocks of as many rows as make 4
+    values a lane. Of bfloat16 two in an int32 where that can be: the compiler would take them apart at once, and wait for them."""
+    W: gl.constexpr = col_ok.shape[0]
+    R: gl.constexpr = 128 // W
+    blocks = ()
+    if FULL and base.dtype.element_ty == gl.bfloat16:
+        two: gl.constexpr = gl.BlockedLayout([1, 2], [R, W // 4], [1, 1], [1, 0])
+        p = _block(base.to(gl.pointer_type(gl.int32), bitcast=True), t0, stride // 2, W // 2, two, R)
+        for k in gl.static_range(32 // R):
+            blocks = blocks + (gl.load(p + k * R * (stride // 2)),)
+    else:
+        p = _block(base, t0, stride, W, layout, R)
+        for k in gl.static_range(32 // R):
+            if FULL:
+                blocks = blocks + (gl.load(p + k * R * stride),)
+            else:
+                blocks = blocks + (gl.load(p + k * R * stride, mask=_inside(t0 + k * R, last, col_ok, layout, R), other=0.0),)
+    return blocks
+
+
+@gluon.jit
+def _store_rows(base, t0, last, stride: gl.constexpr, col_ok, layout: gl.constexpr, FULL: gl.constexpr, value):
+    """value (32, 16) into rows t0..t0+32."""
+    p = _block(base, t0, stride, 16, layout, 8)
+    even, odd = gl.split(gl.permute(gl.reshape(value.to(base.dtype.element_ty), [2, 2, 8, 16]), [2, 3, 0, 1]))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    blocks = (first, second, third, fourth)
+    for k in gl.static_range(4):
+        block = gl.convert_layout(blocks[k], layout, assert_trivial=True)
+        if FULL:
+            gl.store(p + k * 8 * stride, block)
+        else:
+            gl.store(p + k * 8 * stride, block, mask=_inside(t0 + 8 * k, last, col_ok, layout, 8))
 
 
 @gluon.jit
@@ -79,28 +153,26 @@ def _fetch_tile(base, first, last, stride, T: gl.constexpr):
 
 
 @gluon.jit
-def _store_tile(base, first, last, stride, rows, cols, col_ok, FULL: gl.constexpr, value):
-    p = gl.expand_dims(base + cols, 0) + gl.expand_dims(first + rows, 1).to(gl.int64) * stride
-    gl.store(p, value.to(base.dtype.element_ty), mask=_inside(rows, first, last, col_ok, FULL))
-
-
-@gluon.jit
 def _flags(base, first, last, rows):
     return gl.load(base + first + rows, mask=first + rows < last, other=0) != 0
 
 
 @gluon.jit
-def _steps(dt_raw, bias, first, last, rows, flags_at, RESET, LIVE, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr):
+def _steps(
+    dt_raw, bias, first, last, rows, flags_at, RESET, LIVE, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr
+):  # fmt: skip
     """(dt, step of the decay, slope of softplus), (T, BD) each: dt is 0 where a token does not count, and the decay's step is CUT
     where the state before the token is dropped."""
     v = dt_raw.to(gl.float32) + gl.expand_dims(bias, 0)
     e = _exp2(-LOG2E * gl.abs(v))
     slope = gl.where(v >= 0.0, 1.0, e) * _reciprocal(1.0 + e)
-    counts = first + rows < last
-    if HAS_LIVE:
-        counts = counts & _flags(LIVE + flags_at, first, last, rows)
-    dt = gl.where(gl.expand_dims(counts, 1), _softplus(v, e), 0.0)
-    slope = gl.where(gl.expand_dims(counts, 1), slope, 0.0)
+    dt = _softplus(v, e)
+    if HAS_LIVE or not FULL:
+        counts = first + rows < last
+        if HAS_LIVE:
+            counts = counts & _flags(LIVE + flags_at, first, last, rows)
+        dt = gl.where(gl.expand_dims(counts, 1), dt, 0.0)
+        slope = gl.where(gl.expand_dims(counts, 1), slope, 0.0)
     decay = dt
     if HAS_RESET:
         decay = gl.where(gl.expand_dims(_flags(RESET + flags_at, first, last, rows), 1), CUT, dt)
@@ -165,16 +237,57 @@ def _by_token(total):
     return gl.reshape(gl.permute(gl.reshape(total, [2, 8, 8]), [2, 1, 0]), [8, 16])
 
 
+@gluon.constexpr_function
+def _item(values, i, j=None):
+    return values[i] if j is None else values[i][j]
+
+
+@gluon.jit
+def _place(PROBLEMS, STARTS, SHAPE: gl.constexpr):
+    """(problem, block of channels, row, segment) of this program, one of those of problems SHAPE[0] to SHAPE[1] - 1, which have
+    in common what is compiled, SHAPE[2]: D, and strides between tokens. PROBLEMS: the other arguments of each, n_batch first.
+    The programs of a problem stand together, from STARTS on."""
+    first: gl.constexpr = SHAPE[0]
+    behind: gl.constexpr = SHAPE[1]
+    problem, start = PROBLEMS[first], STARTS[first]
+    for i in gl.static_range(first + 1, behind):
+        here, chosen = gl.program_id(0) >= STARTS[i], ()
+        for j in gl.static_range(len(problem)):
+            chosen = chosen + (gl.where(here, PROBLEMS[i][j], problem[j]),)
+        problem, start = chosen, gl.where(here, STARTS[i], start)
+    blocks: gl.constexpr = (SHAPE[2][0] + 15) // 16
+    place = gl.program_id(0) - start
+    row = place // blocks
+    return problem, place % blocks, (row % problem[0]).to(gl.int64), row // problem[0]
+
+
 @gluon.jit
 def scan_forward(
-    X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
-    L, D, S, SEGMENT, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t,
-    N: gl.constexpr, T: gl.constexpr, KEEP: gl.constexpr, LOCAL_PASS: gl.constexpr, EXACT: gl.constexpr,
+    PROBLEMS, STARTS, SHAPES: gl.constexpr, N: gl.constexpr, T: gl.constexpr, LOCAL_PASS: gl.constexpr, EXACT: gl.constexpr,
+    HAS_H0: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """`_forward` of several problems in one launch: see `_place`."""
+    if len(SHAPES) == 1:
+        problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, 0))
+        _forward(block, b, s, *problem, _item(SHAPES, 0, 2), N, T, LOCAL_PASS, EXACT, HAS_H0, HAS_RESET, HAS_LIVE, FULL)
+    else:
+        for i in gl.static_range(len(SHAPES)):
+            if (gl.program_id(0) >= STARTS[_item(SHAPES, i, 0)]) & (gl.program_id(0) < STARTS[_item(SHAPES, i, 1)]):
+                problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, i))
+                _forward(block, b, s, *problem, _item(SHAPES, i, 2), N, T, LOCAL_PASS, EXACT, HAS_H0, HAS_RESET, HAS_LIVE, FULL)
+
+
+@gluon.jit
+def _forward(
+    block, b, s, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+    sx_b, sd_b, sz_b, sb_b, sc_b, SHAPE: gl.constexpr,
+    N: gl.constexpr, T: gl.constexpr, LOCAL_PASS: gl.constexpr, EXACT: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
     """One segment of BD = 16 channels: a lane holds N / 4 states of two channels, 4 lanes share them.
 
-    LOCAL_PASS: only the state the segment leaves when it starts from 0, and the sum of its steps. EXACT: see `_over_lanes`. FULL: D divides by BD.
+    LOCAL_PASS: only the state the segment leaves when it starts from 0, and the sum of its steps. EXACT: see `_over_lanes`.
+    FULL: no tile reaches past the channels or the tokens. Strides between tokens are constants: a tile's addresses are sums.
     """
     BD: gl.constexpr = 16
     state: gl.constexpr = gl.BlockedLayout([2, N // 4], [8, 4], [1, 1], [1, 0])
@@ -185,17 +298,22 @@ def scan_forward(
     narrow: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
     by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    whole_pairs: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
 
-    d0 = gl.program_id(0) * BD
-    b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2)
+    D: gl.constexpr = SHAPE[0]
+    sx_t: gl.constexpr = SHAPE[1]
+    sd_t: gl.constexpr = SHAPE[2]
+    sz_t: gl.constexpr = SHAPE[3]
+    sb_t: gl.constexpr = SHAPE[4]
+    sc_t: gl.constexpr = SHAPE[5]
+    d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N
     a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
-    brows, bcols = gl.arange(0, T, layout=gl.SliceLayout(1, narrow)), gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
-    col_ok = d0 + cols < D
+    col_ok, bcol_ok = d0 + cols < D, gl.arange(0, N, layout=gl.SliceLayout(0, narrow)) < N
     bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
     skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
 
@@ -206,59 +324,49 @@ def scan_forward(
         h = _prefix(h, a2, LOCAL, SPAN, b, s, S, D, N, d, off, d_ok, ok2)
     span = gl.full([BD], 0.0, gl.float32, by_channel)
 
-    decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
-    input_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    pairs_s = gl.allocate_shared_memory(gl.float32, [T, 8, 2, 2], cube)  # decay and input
     y_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
     b_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
     c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
 
     first = s * SEGMENT
     last = gl.minimum(first + SEGMENT, L)
-    x_p = _pointers(X + b * sx_b + d0, first, sx_t, rows, cols)
-    dt_p = _pointers(DT + b * sd_b + d0, first, sd_t, rows, cols)
-    z_p = _pointers(Z + b * sz_b + d0, first, sz_t, rows, cols)
-    b_p = _pointers(Bm + b * sb_b, first, sb_t, brows, bcols)
-    c_p = _pointers(C + b * sc_b, first, sc_t, brows, bcols)
-    y_p = _pointers(Y + b * L * D + d0, first, D, rows, cols)
-    states_p = STATES + (b * ((L + KEEP - 1) // KEEP) + first // KEEP) * D * N + off
+    X += b * sx_b + d0
+    DT += b * sd_b + d0
+    Z += b * sz_b + d0
+    Bm += b * sb_b
+    C += b * sc_b
+    Y += b * L * D + d0
+    states_p = STATES + (b * ((L + T - 1) // T) + first // T) * D * N + off
     flags_at = b * L
 
-    ok, b_ok = _inside(rows, first, last, col_ok, FULL), gl.expand_dims(first + brows < last, 1)
-    x_next, dt_next = gl.load(x_p, mask=ok, other=0.0), gl.load(dt_p, mask=ok, other=0.0)
-    b_next = gl.load(b_p, mask=b_ok, other=0.0)
+    x_next, dt_next = _rows_of(X, first, last, sx_t, col_ok, tile, FULL), _rows_of(DT, first, last, sd_t, col_ok, tile, FULL)
+    b_next = _rows_of(Bm, first, last, sb_t, bcol_ok, narrow, FULL)
     if not LOCAL_PASS:
-        z_next, c_next = gl.load(z_p, mask=ok, other=0.0), gl.load(c_p, mask=b_ok, other=0.0)
+        z_next, c_next = _rows_of(Z, first, last, sz_t, col_ok, tile, FULL), _rows_of(C, first, last, sc_t, bcol_ok, narrow, FULL)
     for t0 in range(first, last, T):
-        x = x_next.to(gl.float32)
-        dt, decay, _ = _steps(dt_next, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
-        decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay)
-        input_s._reinterpret(gl.float32, [T, BD], whole).store(dt * x)
-        b_s._reinterpret(gl.float32, [T, N], whole).store(b_next.to(gl.float32))
+        x = _whole(x_next, tile)
+        dt, decay, _ = _steps(_whole(dt_next, tile), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        _store_pairs(pairs_s, decay, dt * x, T, whole_pairs)
+        b_s._reinterpret(gl.float32, [T, N], whole).store(_whole(b_next, narrow))
         if not LOCAL_PASS:
-            z = z_next.to(gl.float32)
-            c_s._reinterpret(gl.float32, [T, N], whole).store(c_next.to(gl.float32))
-        # The next tile is on its way while this one is walked.
-        out_ok = ok
-        ok, b_ok = _inside(rows, t0 + T, last, col_ok, FULL), gl.expand_dims(t0 + T + brows < last, 1)
-        x_p += T * sx_t
-        dt_p += T * sd_t
-        b_p += T * sb_t
-        x_next, dt_next = gl.load(x_p, mask=ok, other=0.0), gl.load(dt_p, mask=ok, other=0.0)
-        b_next = gl.load(b_p, mask=b_ok, other=0.0)
+            z = _whole(z_next, tile)
+            c_s._reinterpret(gl.float32, [T, N], whole).store(_whole(c_next, narrow))
+        # The next tile is on its way while this one is walked; behind the last it is the last once more.
+        t3 = gl.minimum(t0 + T, first + (last - first - 1) // T * T)
+        x_next, dt_next = _rows_of(X, t3, last, sx_t, col_ok, tile, FULL), _rows_of(DT, t3, last, sd_t, col_ok, tile, FULL)
+        b_next = _rows_of(Bm, t3, last, sb_t, bcol_ok, narrow, FULL)
         if not LOCAL_PASS:
-            z_p += T * sz_t
-            c_p += T * sc_t
-            z_next, c_next = gl.load(z_p, mask=ok, other=0.0), gl.load(c_p, mask=b_ok, other=0.0)
-            if t0 % KEEP == 0:
-                gl.store(states_p, h, mask=ok2)
-                states_p += D * N
+            z_next, c_next = _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL), _rows_of(C, t3, last, sc_t, bcol_ok, narrow, FULL)
+            gl.store(states_p, h, mask=ok2)
+            states_p += D * N
         for t1 in range(0, T, 8):
             sums = gl.full([16, 8], 0.0, gl.float32, mma)
             for half in gl.static_range(2):
                 ys = ()
                 for u in gl.static_range(4):
                     t = t1 + 4 * half + u
-                    decay_t, input_t = decay_s.index(t).load(by_channel), input_s.index(t).load(by_channel)
+                    decay_t, input_t = _pair(pairs_s, t, by_channel)
                     h = _advance(h, a2, decay_t, input_t, b_s.index(t).load(by_state))
                     if LOCAL_PASS:
                         span += decay_t
@@ -272,8 +380,7 @@ def scan_forward(
             y = y_s._reinterpret(gl.float32, [T, BD], whole).load(tile) + gl.expand_dims(skip, 0) * x
             z = gl.where(z == 0.0, 1e-30, z)  # the backward pass divides by silu(z)
             y = y * (z * _reciprocal(1.0 + _exp2(-LOG2E * z)))
-            gl.store(y_p, y.to(Y.dtype.element_ty), mask=out_ok)
-            y_p += T * D
+            _store_rows(Y, t0, last, D, col_ok, tile, FULL, y)
     if LOCAL_PASS:
         gl.store(LOCAL + (b * S + s) * D * N + off, h, mask=ok2)
         gl.store(SPAN + (b * S + s) * D + d, span, mask=d_ok)
@@ -284,13 +391,27 @@ def scan_forward(
 
 @gluon.jit
 def scan_gradient_state(
-    DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
-    L, D, S, SEGMENT, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t,
-    N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, FIRST: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
+    PROBLEMS, STARTS, SHAPES: gl.constexpr, N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, FIRST: gl.constexpr,
+    HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+):  # fmt: skip
+    """`_gradient_state` of several problems in one launch: see `_place`. Of segments FIRST and on."""
+    if len(SHAPES) == 1:
+        problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, 0))
+        _gradient_state(block, b, s + FIRST, *problem, _item(SHAPES, 0, 2), N, T, U, HAS_RESET, HAS_LIVE, FULL)
+    else:
+        for i in gl.static_range(len(SHAPES)):
+            if (gl.program_id(0) >= STARTS[_item(SHAPES, i, 0)]) & (gl.program_id(0) < STARTS[_item(SHAPES, i, 1)]):
+                problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, i))
+                _gradient_state(block, b, s + FIRST, *problem, _item(SHAPES, i, 2), N, T, U, HAS_RESET, HAS_LIVE, FULL)
+
+
+@gluon.jit
+def _gradient_state(
+    block, b, s, n_batch, L, S, SEGMENT, DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN, sd_b, sz_b, sc_b, sy_b,
+    SHAPE: gl.constexpr, N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
     FULL: gl.constexpr,
 ):  # fmt: skip
-    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps; of segments
-    FIRST and on."""
+    """The gradient a segment hands to the state before it when it gets none from behind, and the sum of its steps."""
     BD: gl.constexpr = 16
     state: gl.constexpr = gl.BlockedLayout([2, N // 4], [8, 4], [1, 1], [1, 0])
     by_channel: gl.constexpr = gl.SliceLayout(1, state)
@@ -299,21 +420,24 @@ def scan_gradient_state(
     narrow: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
     by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    whole_pairs: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
 
-    d0 = gl.program_id(0) * BD
-    b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2) + FIRST
+    D: gl.constexpr = SHAPE[0]
+    sd_t: gl.constexpr = SHAPE[1]
+    sz_t: gl.constexpr = SHAPE[2]
+    sc_t: gl.constexpr = SHAPE[3]
+    sy_t: gl.constexpr = SHAPE[4]
+    d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N
     a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
-    brows, bcols = gl.arange(0, T, layout=gl.SliceLayout(1, narrow)), gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
-    col_ok = d0 + cols < D
+    col_ok, bcol_ok = d0 + cols < D, gl.arange(0, N, layout=gl.SliceLayout(0, narrow)) < N
     bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
 
-    decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
-    dy_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
+    pairs_s = gl.allocate_shared_memory(gl.float32, [T, 8, 2, 2], cube)  # decay and gradient of y before the gate
     c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
     carry = gl.full([BD, N], 0.0, gl.float32, state)
     span = gl.full([BD], 0.0, gl.float32, by_channel)
@@ -322,34 +446,28 @@ def scan_gradient_state(
     last = gl.minimum(first + SEGMENT, L)
     tiles = (last - first + T - 1) // T
     t0 = first + (tiles - 1) * T
-    dt_p = _pointers(DT + b * sd_b + d0, t0, sd_t, rows, cols)
-    z_p = _pointers(Z + b * sz_b + d0, t0, sz_t, rows, cols)
-    dy_p = _pointers(DY + b * sy_b + d0, t0, sy_t, rows, cols)
-    c_p = _pointers(C + b * sc_b, t0, sc_t, brows, bcols)
+    DT += b * sd_b + d0
+    Z += b * sz_b + d0
+    DY += b * sy_b + d0
+    C += b * sc_b
     flags_at = b * L
-    ok, c_ok = _inside(rows, t0, last, col_ok, FULL), gl.expand_dims(t0 + brows < last, 1)
-    dt_next, z_next = gl.load(dt_p, mask=ok, other=0.0), gl.load(z_p, mask=ok, other=0.0)
-    dy_next, c_next = gl.load(dy_p, mask=ok, other=0.0), gl.load(c_p, mask=c_ok, other=0.0)
+    dt_next, z_next = _rows_of(DT, t0, last, sd_t, col_ok, tile, FULL), _rows_of(Z, t0, last, sz_t, col_ok, tile, FULL)
+    dy_next, c_next = _rows_of(DY, t0, last, sy_t, col_ok, tile, FULL), _rows_of(C, t0, last, sc_t, bcol_ok, narrow, FULL)
     for i in range(0, tiles):
         t0 = first + (tiles - 1 - i) * T
-        _, decay, _ = _steps(dt_next, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
-        z = z_next.to(gl.float32)
-        decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay)
-        dy_s._reinterpret(gl.float32, [T, BD], whole).store(dy_next.to(gl.float32) * z * _reciprocal(1.0 + _exp2(-LOG2E * z)))
-        c_s._reinterpret(gl.float32, [T, N], whole).store(c_next.to(gl.float32))
-        ok, c_ok = _inside(rows, t0 - T, last, col_ok, FULL), gl.expand_dims(t0 - T + brows < last, 1)
-        ok, c_ok = ok & (i + 1 < tiles), c_ok & (i + 1 < tiles)
-        dt_p -= T * sd_t
-        z_p -= T * sz_t
-        dy_p -= T * sy_t
-        c_p -= T * sc_t
-        dt_next, z_next = gl.load(dt_p, mask=ok, other=0.0), gl.load(z_p, mask=ok, other=0.0)
-        dy_next, c_next = gl.load(dy_p, mask=ok, other=0.0), gl.load(c_p, mask=c_ok, other=0.0)
+        _, decay, _ = _steps(_whole(dt_next, tile), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        z = _whole(z_next, tile)
+        dy = _whole(dy_next, tile) * z * _reciprocal(1.0 + _exp2(-LOG2E * z))
+        _store_pairs(pairs_s, decay, dy, T, whole_pairs)
+        c_s._reinterpret(gl.float32, [T, N], whole).store(_whole(c_next, narrow))
+        t3 = gl.maximum(t0 - T, first)
+        dt_next, z_next = _rows_of(DT, t3, last, sd_t, col_ok, tile, FULL), _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL)
+        dy_next, c_next = _rows_of(DY, t3, last, sy_t, col_ok, tile, FULL), _rows_of(C, t3, last, sc_t, bcol_ok, narrow, FULL)
         for t1 in range(0, T, U):
             for u in gl.static_range(U):
                 t = T - 1 - t1 - u
-                decay_t = decay_s.index(t).load(by_channel)
-                asked = gl.expand_dims(dy_s.index(t).load(by_channel), 1) * gl.expand_dims(c_s.index(t).load(by_state), 0)
+                decay_t, dy_t = _pair(pairs_s, t, by_channel)
+                asked = gl.expand_dims(dy_t, 1) * gl.expand_dims(c_s.index(t).load(by_state), 0)
                 span += decay_t
                 carry = (carry + asked) * _exp2(gl.expand_dims(decay_t, 1) * a2)
     gl.store(LOCAL + (b * S + s) * D * N + off, carry, mask=ok2)
@@ -358,7 +476,7 @@ def scan_gradient_state(
 
 @gluon.constexpr_function
 def _states_layout(N):
-    """Where shared memory has state n of channel d of a token, (BD, N), in `scan_backward`: the channels of a lane lie apart and
+    """Where shared memory has state n of channel d of a token, (BD, N), in `_backward`: the channels of a lane lie apart and
     those of neighbouring lanes together, so that 8 lanes read 128 bytes in a row."""
     return gl.SharedLinearLayout([[0, b] for b in _bits(N)] + [[2 * b, 0] for b in _bits(8)] + [[1, 0]])
 
@@ -372,23 +490,48 @@ def _parts_layout(N):
 
 
 @gluon.constexpr_function
+def _sums_layout(T):
+    """A tile of two sums, (T / 8, 2, 8, BD): a lane has what it has of a tile."""
+    lanes = [[0, 0, 0, 4], [0, 0, 0, 8], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 1, 0, 0]] + [[b, 0, 0, 0] for b in _bits(T // 8)], lanes, [], [], [T // 8, 2, 8, 16]
+    )
+
+
+@gluon.constexpr_function
 def _bits(count):
     return [1 << i for i in range(count.bit_length() - 1)]
 
 
 @gluon.jit
 def scan_backward(
-    X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
-    DX, DDT, DZ, DBC, DA, DVEC, DH0,
-    L, D, S, SEGMENT, n_batch, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t, sdx_b, sdx_t, sdd_b, sdd_t,
-    sdz_b, sdz_t,
-    N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
+    PROBLEMS, STARTS, SHAPES: gl.constexpr, N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr,
+    HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
 ):  # fmt: skip
-    """One segment of BD = 16 channels, laid out as in `scan_forward`, from its end to its beginning, a tile of T tokens at a time.
+    """`_backward` of several problems in one launch: see `_place`."""
+    if len(SHAPES) == 1:
+        problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, 0))
+        _backward(block, b, s, *problem, _item(SHAPES, 0, 2), N, T, HAS_FINAL, HAS_RESET, HAS_LIVE, FULL)
+    else:
+        for i in gl.static_range(len(SHAPES)):
+            if (gl.program_id(0) >= STARTS[_item(SHAPES, i, 0)]) & (gl.program_id(0) < STARTS[_item(SHAPES, i, 1)]):
+                problem, block, b, s = _place(PROBLEMS, STARTS, _item(SHAPES, i))
+                _backward(block, b, s, *problem, _item(SHAPES, i, 2), N, T, HAS_FINAL, HAS_RESET, HAS_LIVE, FULL)
 
-    From the state kept before the tile the states before every fourth token are computed into shared memory. Then, from the last
-    four tokens to the first: their states and decays again, into registers, and the walk back over them. DBC (D / BD, B, L, 2, N),
-    DA (B S, D, N) and DVEC (B S, 2, D) get this program's parts of the gradients of B and C, of A, and of dt_bias and D.
+
+@gluon.jit
+def _backward(
+    block, b, s, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+    DX, DDT, DZ, DBC, DA, DH0, sx_b, sd_b, sz_b, sb_b, sc_b, sy_b, sdx_b, sdd_b, sdz_b, SHAPE: gl.constexpr,
+    N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
+    FULL: gl.constexpr,
+):  # fmt: skip
+    """One segment of BD = 16 channels, laid out as in `_forward`, from its end to its beginning, a tile of T tokens a time.
+
+    From the state kept before the tile the states before every eighth token are computed into shared memory. Then, from the last
+    eight tokens to the first: their states and decays again, into registers, and the walk back over them. DBC (D / BD, B, L, 2,
+    N) and DA (B S, D N + 2 D) get this program's parts of the gradients of B and C, and of A, dt_bias and D.
+    FULL: no tile reaches past the channels or the tokens. Strides between tokens are constants: a tile's addresses are sums.
     """
     BD: gl.constexpr = 16
     state: gl.constexpr = gl.BlockedLayout([2, N // 4], [8, 4], [1, 1], [1, 0])
@@ -397,28 +540,39 @@ def scan_backward(
     by_state: gl.constexpr = gl.SliceLayout(0, state)
     tile: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BD, BD // 4], [1, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 4], [128 // N, N // 4], [1, 1], [1, 0])
-    folded: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1, 4], [1, 8, 4], [1, 1, 1], [2, 1, 0]))  # tile, every 8th row summed
+    # a tile, every 8th row summed
+    folded: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1, 4], [1, 8, 4], [1, 1, 1], [2, 1, 0]))
     by_token: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    whole_pairs: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
     parts_l: gl.constexpr = gl.BlockedLayout([1, 8, 1, N // 4], [4, 1, 2, 4], [1, 1, 1, 1], [3, 2, 1, 0])
 
-    d0 = gl.program_id(0) * BD
-    b = gl.program_id(1).to(gl.int64)
-    s = gl.program_id(2)
+    D: gl.constexpr = SHAPE[0]
+    sx_t: gl.constexpr = SHAPE[1]
+    sd_t: gl.constexpr = SHAPE[2]
+    sz_t: gl.constexpr = SHAPE[3]
+    sb_t: gl.constexpr = SHAPE[4]
+    sc_t: gl.constexpr = SHAPE[5]
+    sy_t: gl.constexpr = SHAPE[6]
+    sdx_t: gl.constexpr = SHAPE[7]
+    sdd_t: gl.constexpr = SHAPE[8]
+    sdz_t: gl.constexpr = SHAPE[9]
+    d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
     d_ok, ok2 = d < D, off < D * N
     a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
-    brows, bcols = gl.arange(0, T, layout=gl.SliceLayout(1, narrow)), gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
-    col_ok = d0 + cols < D
+    bcols = gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
+    col_ok, bcol_ok = d0 + cols < D, bcols < N
     bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
     skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
 
-    states_s = gl.allocate_shared_memory(gl.float32, [T // 4, BD, N], _states_layout(N))
-    parts_s = gl.allocate_shared_memory(gl.float32, [4, 8, 2, N], _parts_layout(N))
-    decay_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)  # after a token is done with, its sum through the decay
-    input_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)  # and that through the input
+    states_s = gl.allocate_shared_memory(gl.float32, [T // 8, BD, N], _states_layout(N))
+    early_s = gl.allocate_shared_memory(gl.float32, [4, 8, 2, N], _parts_layout(N))
+    late_s = gl.allocate_shared_memory(gl.float32, [4, 8, 2, N], _parts_layout(N))
+    pairs_s = gl.allocate_shared_memory(gl.float32, [T, 8, 2, 2], cube)  # decay and input; of tokens done with, their sums
     dy_s = gl.allocate_shared_memory(gl.float32, [T, BD], by_token)
     b_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
     c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
@@ -447,7 +601,7 @@ def scan_backward(
     DZ += b * sdz_b + d0
     flags_at = b * L
     STATES += b * ((L + T - 1) // T) * D * N
-    DBC += (gl.program_id(0).to(gl.int64) * n_batch + b) * L * (2 * N)
+    DBC += (block.to(gl.int64) * n_batch + b) * L * (2 * N)
     part_t = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(1, parts_l))))
     part_q = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(1, parts_l))))
     part_n = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(1, parts_l))))
@@ -455,30 +609,29 @@ def scan_backward(
     part_off = (part_row * 2 + gl.expand_dims(gl.expand_dims(part_q, 0), 2)) * N + gl.expand_dims(gl.expand_dims(part_n, 0), 0)
 
     t0 = first + (tiles - 1) * T
-    x_raw, dt_raw = _tile(X, t0, last, sx_t, rows, cols, col_ok, FULL), _tile(DT, t0, last, sd_t, rows, cols, col_ok, FULL)
-    z_raw, dy_raw = _tile(Z, t0, last, sz_t, rows, cols, col_ok, FULL), _tile(DY, t0, last, sy_t, rows, cols, col_ok, FULL)
-    out_raw = _tile(OUT, t0, last, D, rows, cols, col_ok, FULL)
-    b_raw, c_raw = _tile(Bm, t0, last, sb_t, brows, bcols, col_ok, True), _tile(C, t0, last, sc_t, brows, bcols, col_ok, True)
+    x_raw, dt_raw = _rows_of(X, t0, last, sx_t, col_ok, tile, FULL), _rows_of(DT, t0, last, sd_t, col_ok, tile, FULL)
+    z_raw, dy_raw = _rows_of(Z, t0, last, sz_t, col_ok, tile, FULL), _rows_of(DY, t0, last, sy_t, col_ok, tile, FULL)
+    out_raw = _rows_of(OUT, t0, last, D, col_ok, tile, FULL)
+    b_raw, c_raw = _rows_of(Bm, t0, last, sb_t, bcol_ok, narrow, FULL), _rows_of(C, t0, last, sc_t, bcol_ok, narrow, FULL)
     h_next = gl.load(STATES + (t0 // T).to(gl.int64) * D * N + off, mask=ok2, other=0.0)
     for i in range(0, tiles):
         t0 = first + (tiles - 1 - i) * T
-        x = x_raw.to(gl.float32)
-        dt, decay, slope = _steps(dt_raw, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE)
-        z, dy = z_raw.to(gl.float32), dy_raw.to(gl.float32)
+        x = _whole(x_raw, tile)
+        dt, decay, slope = _steps(_whole(dt_raw, tile), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        z, dy = _whole(z_raw, tile), _whole(dy_raw, tile)
         z = gl.where(z == 0.0, 1e-30, z)
         gate = _reciprocal(1.0 + _exp2(-LOG2E * z))
         # y before the gate is out / silu(z); silu'(z) / silu(z) = (1 + z (1 - sigmoid(z))) / z
-        dz = dy * out_raw.to(gl.float32) * (1.0 + z * (1.0 - gate)) * _reciprocal(z)
-        _store_tile(DZ, t0, last, sdz_t, rows, cols, col_ok, FULL, dz)
+        dz = dy * _whole(out_raw, tile) * (1.0 + z * (1.0 - gate)) * _reciprocal(z)
+        _store_rows(DZ, t0, last, sdz_t, col_ok, tile, FULL, dz)
         dy = dy * z * gate
         d_skip += gl.sum(gl.reshape(dy * x, [T // 8, 8, BD]), 0)
-        decay_s._reinterpret(gl.float32, [T, BD], whole).store(decay)
-        input_s._reinterpret(gl.float32, [T, BD], whole).store(dt * x)
+        _store_pairs(pairs_s, decay, dt * x, T, whole_pairs)
         dy_s._reinterpret(gl.float32, [T, BD], whole).store(dy)
         dt_s.store(dt)
         slope_s.store(slope)
-        b_s._reinterpret(gl.float32, [T, N], whole).store(b_raw.to(gl.float32))
-        c_s._reinterpret(gl.float32, [T, N], whole).store(c_raw.to(gl.float32))
+        b_s._reinterpret(gl.float32, [T, N], whole).store(_whole(b_raw, narrow))
+        c_s._reinterpret(gl.float32, [T, N], whole).store(_whole(c_raw, narrow))
 
         t3 = gl.maximum(t0 - T, first)
         _fetch_tile(X, t3, last, sx_t, T)
@@ -487,63 +640,77 @@ def scan_backward(
         _fetch_tile(DY, t3, last, sy_t, T)
         _fetch_tile(OUT, t3, last, D, T)
         h = h_next
-        for t1 in range(0, T - 4, 4):
-            states_s.index(t1 // 4).store(h)
-            for u in gl.static_range(4):
-                decay_t, input_t = decay_s.index(t1 + u).load(by_channel), input_s.index(t1 + u).load(by_channel)
+        for t1 in range(0, T - 8, 8):
+            states_s.index(t1 // 8).store(h)
+            for u in gl.static_range(8):
+                decay_t, input_t = _pair(pairs_s, t1 + u, by_channel)
                 h = _advance(h, a2, decay_t, input_t, b_s.index(t1 + u).load(by_state))
-        states_s.index(T // 4 - 1).store(h)
+        states_s.index(T // 8 - 1).store(h)
         for t2 in range(0, T, 8):
+            t1 = T - 8 - t2
+            h = states_s.index(t1 // 8).load(state)
+            before, decays = (), ()
+            for u in gl.static_range(8):
+                before = before + (h,)
+                decay_t, input_t = _pair(pairs_s, t1 + u, by_channel)
+                decays = decays + (_exp2(gl.expand_dims(decay_t, 1) * a2),)
+                h = h * decays[u] + gl.expand_dims(input_t, 1) * gl.expand_dims(b_s.index(t1 + u).load(by_state), 0)
             decay_sums, input_sums = gl.full([16, 8], 0.0, gl.float32, mma), gl.full([16, 8], 0.0, gl.float32, mma)
-            for half in gl.static_range(2):
-                base = T - 4 - t2 - 4 * half
-                h = states_s.index(base // 4).load(state)
-                before, decays = (), ()
-                for u in gl.static_range(4):
-                    before = before + (h,)
-                    decays = decays + (_exp2(gl.expand_dims(decay_s.index(base + u).load(by_channel), 1) * a2),)
-                    added = gl.expand_dims(input_s.index(base + u).load(by_channel), 1) * gl.expand_dims(b_s.index(base + u).load(by_state), 0)
-                    h = h * decays[u] + added
-                through_decay, through_input = (), ()
-                for v in gl.static_range(4):
-                    t = base + 3 - v
-                    decay_t, input_t = decay_s.index(t).load(by_channel), input_s.index(t).load(by_channel)
-                    dy_t = dy_s.index(t).load(by_channel)
-                    dh = carry + gl.expand_dims(dy_t, 1) * gl.expand_dims(c_s.index(t).load(by_state), 0)
-                    carry = dh * decays[3 - v]
-                    q = carry * before[3 - v]
+            for low in gl.static_range(4, -4, -4):
+                through_decay, through_input, parts = (), (), ()
+                for u in gl.static_range(low + 3, low - 1, -1):
+                    decay_t, input_t = _pair(pairs_s, t1 + u, by_channel)
+                    dy_t = dy_s.index(t1 + u).load(by_channel)
+                    dh = carry + gl.expand_dims(dy_t, 1) * gl.expand_dims(c_s.index(t1 + u).load(by_state), 0)
+                    carry = dh * decays[u]
+                    q = carry * before[u]
                     d_a += q * gl.expand_dims(decay_t, 1)
                     through_decay = through_decay + (_in_lane(q * a2, N),)
-                    through_input = through_input + (_in_lane(dh * gl.expand_dims(b_s.index(t).load(by_state), 0), N),)
+                    through_input = through_input + (_in_lane(dh * gl.expand_dims(b_s.index(t1 + u).load(by_state), 0), N),)
                     d_b = gl.sum(gl.reshape(dh * gl.expand_dims(input_t, 1), [8, 2, N]), 1)
                     d_c = gl.sum(gl.reshape(h * gl.expand_dims(dy_t, 1), [8, 2, N]), 1)
-                    parts_s.slice(3 - v, 1).store(gl.reshape(gl.permute(gl.join(d_b, d_c), [0, 2, 1]), [1, 8, 2, N]))
-                    h = before[3 - v]
-                decay_sums = _over_lanes(through_decay, 7 - 4 * half, -1, decay_sums, mma, True)
-                input_sums = _over_lanes(through_input, 7 - 4 * half, -1, input_sums, mma, True)
-                p = DBC + (t0 + base).to(gl.int64) * (2 * N) + part_off
-                gl.store(p, gl.sum(parts_s.load(parts_l), 1), mask=(part_off >= 0) & (t0 + base + part_row < last))
-            decay_s._reinterpret(gl.float32, [T // 8, 8, BD], whole).index((T - 8 - t2) // 8).store(_by_token(decay_sums))
-            input_s._reinterpret(gl.float32, [T // 8, 8, BD], whole).index((T - 8 - t2) // 8).store(_by_token(input_sums))
+                    parts = (gl.join(d_b, d_c),) + parts
+                    h = before[u]
+                decay_sums = _over_lanes(through_decay, low + 3, -1, decay_sums, mma, True)
+                input_sums = _over_lanes(through_input, low + 3, -1, input_sums, mma, True)
+                four = gl.join(gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3]))  # (8, N, q, token / 2, token % 2)
+                four = gl.reshape(gl.permute(four, [3, 4, 0, 2, 1]), [4, 8, 2, N])
+                if low == 4:
+                    late_s.store(four)
+                else:
+                    early_s.store(four)
+            p = DBC + (t0 + t1).to(gl.int64) * (2 * N) + part_off
+            early, late = gl.sum(early_s.load(parts_l), 1), gl.sum(late_s.load(parts_l), 1)
+            if FULL:
+                gl.store(p, early.to(DBC.dtype.element_ty))
+                gl.store(p + 4 * 2 * N, late.to(DBC.dtype.element_ty))
+            else:
+                ok = part_off >= 0
+                gl.store(p, early.to(DBC.dtype.element_ty), mask=ok & (t0 + t1 + part_row < last))
+                gl.store(p + 4 * 2 * N, late.to(DBC.dtype.element_ty), mask=ok & (t0 + t1 + 4 + part_row < last))
+            sums = gl.permute(gl.join(_by_token(decay_sums), _by_token(input_sums)), [2, 0, 1])
+            pairs_s._reinterpret(gl.float32, [T // 8, 2, 8, BD], cube).index(t1 // 8).store(sums)
 
         # The tile before is on its way while this one is finished.
         x_now = x_raw
-        if i + 1 < tiles:
-            x_raw, dt_raw = _tile(X, t3, last, sx_t, rows, cols, col_ok, FULL), _tile(DT, t3, last, sd_t, rows, cols, col_ok, FULL)
-            z_raw, dy_raw = _tile(Z, t3, last, sz_t, rows, cols, col_ok, FULL), _tile(DY, t3, last, sy_t, rows, cols, col_ok, FULL)
-            out_raw = _tile(OUT, t3, last, D, rows, cols, col_ok, FULL)
-            b_raw, c_raw = _tile(Bm, t3, last, sb_t, brows, bcols, col_ok, True), _tile(C, t3, last, sc_t, brows, bcols, col_ok, True)
-            h_next = gl.load(STATES + (t3 // T).to(gl.int64) * D * N + off, mask=ok2, other=0.0)
-        through_input = input_s._reinterpret(gl.float32, [T, BD], whole).load(tile)
-        through_decay = decay_s._reinterpret(gl.float32, [T, BD], whole).load(tile)
+        x_raw, dt_raw = _rows_of(X, t3, last, sx_t, col_ok, tile, FULL), _rows_of(DT, t3, last, sd_t, col_ok, tile, FULL)
+        z_raw, dy_raw = _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL), _rows_of(DY, t3, last, sy_t, col_ok, tile, FULL)
+        out_raw = _rows_of(OUT, t3, last, D, col_ok, tile, FULL)
+        b_raw, c_raw = _rows_of(Bm, t3, last, sb_t, bcol_ok, narrow, FULL), _rows_of(C, t3, last, sc_t, bcol_ok, narrow, FULL)
+        h_next = gl.load(STATES + (t3 // T).to(gl.int64) * D * N + off, mask=ok2, other=0.0)
+        sums = gl.permute(pairs_s._reinterpret(gl.float32, [T // 8, 2, 8, BD], whole_pairs).load(_sums_layout(T)), [0, 2, 3, 1])
+        through_decay, through_input = gl.split(gl.reshape(sums, [T, BD, 2]))
+        through_decay = gl.convert_layout(through_decay, tile, assert_trivial=True)
+        through_input = gl.convert_layout(through_input, tile, assert_trivial=True)
         dx = through_input * dt_s.load(tile) + dy_s._reinterpret(gl.float32, [T, BD], whole).load(tile) * gl.expand_dims(skip, 0)
-        ddt = (through_input * x_now.to(gl.float32) + LN2 * through_decay) * slope_s.load(tile)
+        ddt = (through_input * _whole(x_now, tile) + LN2 * through_decay) * slope_s.load(tile)
         d_bias += gl.sum(gl.reshape(ddt, [T // 8, 8, BD]), 0)
-        _store_tile(DX, t0, last, sdx_t, rows, cols, col_ok, FULL, dx)
-        _store_tile(DDT, t0, last, sdd_t, rows, cols, col_ok, FULL, ddt)
-    gl.store(DA + (b * S + s) * D * N + off, d_a, mask=ok2)
+        _store_rows(DX, t0, last, sdx_t, col_ok, tile, FULL, dx)
+        _store_rows(DDT, t0, last, sdd_t, col_ok, tile, FULL, ddt)
+    DA += (b * S + s) * D * (N + 2)
+    gl.store(DA + off, d_a, mask=ok2)
     d_vector = d0 + gl.arange(0, BD, layout=gl.SliceLayout(0, folded))
-    gl.store(DVEC + (b * S + s) * 2 * D + d_vector, gl.sum(d_bias, 0), mask=d_vector < D)
-    gl.store(DVEC + (b * S + s) * 2 * D + D + d_vector, gl.sum(d_skip, 0), mask=d_vector < D)
+    gl.store(DA + D * N + d_vector, gl.sum(d_bias, 0), mask=d_vector < D)
+    gl.store(DA + D * (N + 1) + d_vector, gl.sum(d_skip, 0), mask=d_vector < D)
     if s == 0:
         gl.store(DH0 + b * D * N + off, carry, mask=ok2)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch_together, problem_of
 
 KEEP = 32  # tokens from one kept state to the next
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -91,9 +91,9 @@ def segment_states(x, dt, A, B, dt_bias, reset=None, live=None) -> Segments:
     segments, size = _segments(batch, length, -(-d_inner // kernels.channels), x.device)
     found = Segments(_states(x, batch, segments, d_inner, d_state), _states(x, batch, segments, d_inner))
     kernels.forward(  # z, C, D and outputs are not touched
-        (batch, segments), True,
-        (x, dt, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset), _flags(live), x, found.local, found.local,
-         length, d_inner, segments, size, *_strides(x, dt, x, B, B)),
+        [(d_inner, batch, length, segments, size, x, dt, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset), _flags(live),
+          x, found.local, found.local, *_strides(x, dt, x, B, B))],
+        local_pass=True,
     )
     return found
 
@@ -108,9 +108,8 @@ def segment_gradients(grad_y, dt, A, C, z, dt_bias, reset=None, live=None) -> Se
     segments, size = _segments(batch, length, -(-d_inner // kernels.channels), grad_y.device)
     found = Segments(_states(grad_y, batch, segments, d_inner, d_state), _states(grad_y, batch, segments, d_inner))
     kernels.gradient_state(
-        (batch, segments), 0,
-        (dt, z, C, grad_y, A, dt_bias, _flags(reset), _flags(live), *found, length, d_inner, segments, size,
-         *_strides(dt, z, C, grad_y)),
+        [(d_inner, batch, length, segments, size, dt, z, C, grad_y, A, dt_bias, _flags(reset), _flags(live), *found,
+          *_strides(dt, z, C, grad_y))]
     )
     return found
 
@@ -120,24 +119,32 @@ def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=
 
     passed: of `segment_states`, if it has been called already.
     """
-    batch, length, d_inner = x.shape
-    d_state = A.shape[1]
-    x, dt, B, C, z = map(_token_major, (x, dt, B, C, z))
-    A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
-    reset, live = _flags(reset), _flags(live)
-    initial_state = None if initial_state is None else initial_state.float().contiguous()
-    kernels = _kernels(x.device, d_state)
-    segments, size = _segments(batch, length, -(-d_inner // kernels.channels), x.device)
-    y = x.new_empty(batch, length, d_inner)
-    final, kept = _states(x, batch, d_inner, d_state), _states(x, batch, -(-length // KEEP), d_inner, d_state)
-    local, span = _segment_states(final, segments) if passed is None else passed
-    for local_pass in ([True, False] if segments > 1 and passed is None else [False]):
-        kernels.forward(
-            (batch, segments - 1 if local_pass else segments), local_pass,
-            (x, dt, z, B, C, A, dt_bias, D, initial_state, local, span, reset, live, y, kept, final,
-             length, d_inner, segments, size, *_strides(x, dt, z, B, C)),
+    return forward_together([(x, dt, A, B, C, D, z, dt_bias, reset, live, initial_state)], [passed])[0]
+
+
+def forward_together(problems: list[tuple], passed: list[Segments | None]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`forward` of each in one launch: problems of any sizes, but of one dtype and d_state, which fill the device together."""
+    kernels, cuts = _cut(problems)
+    found, first_pass, arguments = [], [], []
+    for (x, dt, A, B, C, D, z, dt_bias, *flags, initial_state), known, (segments, size) in zip(_alike(problems), passed, cuts):
+        (batch, length, d_inner), d_state = x.shape, A.shape[1]
+        x, dt, B, C, z = map(_token_major, (x, dt, B, C, z))
+        A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
+        initial_state = None if initial_state is None else initial_state.float().contiguous()
+        y = x.new_empty(batch, length, d_inner)
+        final, kept = _states(x, batch, d_inner, d_state), _states(x, batch, -(-length // KEEP), d_inner, d_state)
+        states = _segment_states(final, segments) if known is None else known
+        found.append((y, final, kept))
+        arguments.append(
+            (d_inner, batch, length, segments, size, x, dt, z, B, C, A, dt_bias, D, initial_state, *states, *flags,
+             y, kept, final, *_strides(x, dt, z, B, C))
         )
-    return y, final, kept
+        if segments > 1 and known is None:
+            first_pass.append(arguments[-1])
+    if first_pass:
+        kernels.forward(first_pass, local_pass=True, without_last=True)
+    kernels.forward(arguments)
+    return found
 
 
 def backward(
@@ -148,49 +155,81 @@ def backward(
 
     asked: of `segment_gradients`, if it has been called already.
     """
-    batch, length, d_inner = x.shape
-    d_state = A.shape[1]
-    x, dt, B, C, z, grad_y = map(_token_major, (x, dt, B, C, z, grad_y))
-    dtypes = A.dtype, D.dtype, dt_bias.dtype
-    A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
-    reset, live = _flags(reset), _flags(live)
-    grad_final = None if grad_final is None else grad_final.float().contiguous()
-    kernels = _kernels(x.device, d_state)
-    programs = -(-d_inner // kernels.channels)
-    segments, size = _segments(batch, length, programs, x.device)
-    grad_x, grad_dt, grad_z = (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
-        for v, out in ((x, grad_x), (dt, grad_dt), (z, grad_z))
-    )
-    grad_B, grad_C = (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out for v, out in ((B, grad_B), (C, grad_C))
-    )
-    part_bc = _states(x, programs, batch, length, 2, d_state)
-    part_a, part_vectors = _states(x, batch * segments, d_inner, d_state), _states(x, batch * segments, 2, d_inner)
-    grad_initial = _states(x, batch, d_inner, d_state)
-    local, span = _segment_states(grad_initial, segments) if asked is None else asked
-    if segments > 1 and asked is None:
-        kernels.gradient_state(
-            (batch, segments - 1), 1,  # nothing stands before the first
-            (dt, z, C, grad_y, A, dt_bias, reset, live, local, span, length, d_inner, segments, size, *_strides(dt, z, C, grad_y)),
+    problem = x, dt, A, B, C, D, z, dt_bias, reset, live, grad_final
+    return backward_together([problem], [(grad_y, kept, y)], [(grad_x, grad_dt, grad_z, grad_B, grad_C)], [asked])[0]
+
+
+def backward_together(
+    problems: list[tuple], results: list[tuple], outs: list[tuple], asked: list[Segments | None]
+) -> list[dict[str, Tensor]]:
+    """`backward` of each in one launch. problems: as `forward_together`'s, with grad_final in the place of the initial state;
+    results: (grad_y, kept, y); outs: (grad_x, grad_dt, grad_z, grad_B, grad_C)."""
+    kernels, cuts = _cut(problems)
+    rows, block = 32, 1024
+    found, first_pass, arguments, sums, sum_programs = [], [], [], [], []
+    for problem, (grad_y, kept, y), into, known, (segments, size) in zip(_alike(problems), results, outs, asked, cuts):
+        x, dt, A, B, C, D, z, dt_bias, *flags, grad_final = problem
+        (batch, length, d_inner), d_state = x.shape, A.shape[1]
+        x, dt, B, C, z, grad_y = map(_token_major, (x, dt, B, C, z, grad_y))
+        A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
+        grad_final = None if grad_final is None else grad_final.float().contiguous()
+        grad_x, grad_dt, grad_z, grad_B, grad_C = (
+            torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out for v, out in zip((x, dt, z, B, C), into)
         )
-    kernels.backward(
-        (batch, segments),
-        (x, dt, z, B, C, grad_y, y, A, dt_bias, D, reset, live, kept, grad_final, local, span,
-         grad_x, grad_dt, grad_z, part_bc, part_a, part_vectors, grad_initial,
-         length, d_inner, segments, size, batch, *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z)),
+        programs, exact = -(-d_inner // kernels.channels), torch.bfloat16 not in (B.dtype, C.dtype)
+        part_bc = torch.empty(
+            programs, batch, length, 2, d_state, dtype=torch.float32 if exact else torch.bfloat16, device=x.device
+        )
+        part_a = _states(x, batch * segments, d_inner * (d_state + 2))  # behind those of A, (D, N), those of dt_bias and D
+        vectors = _states(x, d_inner * (d_state + 2))
+        grad_initial = _states(x, batch, d_inner, d_state)
+        states = _segment_states(grad_initial, segments) if known is None else known
+        if segments > 1 and known is None:
+            first_pass.append(
+                (d_inner, batch, length, segments, size, dt, z, C, grad_y, A, dt_bias, *flags, *states,
+                 *_strides(dt, z, C, grad_y))
+            )
+        arguments.append(
+            (d_inner, batch, length, segments, size, x, dt, z, B, C, grad_y, y, A, dt_bias, D, *flags, kept, grad_final, *states,
+             grad_x, grad_dt, grad_z, part_bc, part_a, grad_initial,
+             *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z))
+        )
+        row_programs = triton.cdiv(batch * length, rows)
+        sums.append(
+            (part_bc, grad_B, grad_C, part_a, vectors, programs, batch * length, length, *part_a.shape, row_programs,
+             *_strides(grad_B, grad_C))
+        )
+        sum_programs.append(row_programs + triton.cdiv(vectors.numel(), block))
+        grad_A, grad_bias, grad_D = vectors.split([d_inner * d_state, d_inner, d_inner])
+        found.append({
+            "x": grad_x, "dt": grad_dt, "A": grad_A.view(d_inner, d_state), "B": grad_B, "C": grad_C, "D": grad_D, "z": grad_z,
+            "dt_bias": grad_bias, "initial_state": grad_initial,
+        })
+    if first_pass:
+        kernels.gradient_state(first_pass, without_first=True)  # nothing stands before the first
+    kernels.backward(arguments)
+    launch_together(
+        _scan_add_parts, sums, sum_programs, N=d_state, WIDTH=triton.next_power_of_2(2 * d_state), ROWS=rows, BLOCK=block
     )
-    rows = 32
-    launch(
-        _scan_add_parts, (triton.cdiv(batch * length, rows),),
-        part_bc, grad_B, grad_C, programs, batch * length, length, *_strides(grad_B, grad_C), N=d_state,
-        NP=triton.next_power_of_2(d_state), ROWS=rows,
-    )
-    grad_vectors = part_vectors.sum(0)
-    return {
-        "x": grad_x, "dt": grad_dt, "A": part_a.sum(0).to(dtypes[0]), "B": grad_B, "C": grad_C,
-        "D": grad_vectors[1].to(dtypes[1]), "z": grad_z, "dt_bias": grad_vectors[0].to(dtypes[2]), "initial_state": grad_initial,
-    }
+    for gradients, (_, _, A, _, _, D, _, dt_bias, *_) in zip(found, problems):
+        gradients.update({name: gradients[name].to(v.dtype) for name, v in (("A", A), ("D", D), ("dt_bias", dt_bias))})
+    return found
+
+
+def _alike(problems: list[tuple]) -> list[tuple]:
+    """With flags as bytes, and everywhere if anywhere, as states are: a kernel is compiled with them or without."""
+    given = [any(problem[i] is not None for problem in problems) for i in (8, 9, 10)]
+    found = []
+    for *values, reset, live, state in problems:
+        x, A = values[0], values[2]
+        reset, live = (
+            x.new_full(x.shape[:2], usual, dtype=torch.bool) if needed and v is None else v
+            for v, needed, usual in zip((reset, live), given, (False, True))
+        )
+        if given[2] and state is None:
+            state = torch.zeros(x.shape[0], *A.shape, device=x.device)
+        found.append((*values, _flags(reset), _flags(live), state))
+    return found
 
 
 def _token_major(v: Tensor) -> Tensor:
@@ -222,11 +261,26 @@ def _strides(*tensors: Tensor):
 def _segments(batch: int, length: int, programs: int, device: torch.device) -> tuple[int, int]:
     """(segments, tokens of one): as many as give every scheduler of the device two warps, no more, since a second
     segment means a second pass over most of the sequence."""
-    wanted = 8 * _multiprocessors(device) / (batch * programs)
-    segments = min(max(1, int(wanted)), max(1, length // (4 * KEEP)))
+    return _size(length, 8 * _multiprocessors(device) // (batch * programs))
+
+
+def _size(length: int, wanted: int) -> tuple[int, int]:
+    segments = min(max(1, wanted), max(1, length // (4 * KEEP)))
     size = -(-length // segments)
     size = -(-size // KEEP) * KEEP  # kept states lie at multiples of KEEP
     return -(-length // size), size
+
+
+def _cut(problems: list[tuple]):
+    """The kernels, and (segments, tokens of one) for each problem. Of several, those are cut that are much longer than what each
+    of eight warps a multiprocessor would walk if all walked alike."""
+    x, A = problems[0][0], problems[0][2]
+    kernels = _kernels(x.device, A.shape[1])
+    shapes = [(*p[0].shape[:2], -(-p[0].shape[2] // kernels.channels)) for p in problems]
+    if len(shapes) == 1:
+        return kernels, [_segments(*shapes[0], x.device)]
+    share = sum(batch * length * programs for batch, length, programs in shapes) / (8 * _multiprocessors(x.device))
+    return kernels, [_size(length, round(length / share)) for _, length, _ in shapes]
 
 
 @functools.cache
@@ -243,7 +297,8 @@ def _kernels(device: torch.device, d_state: int):
 
 
 class GluonKernels:
-    """Launches of the kernels in `gluon.py`."""
+    """Launches of the kernels in `gluon.py`, each of several problems: D, batch, length, segments, tokens of one, then tensors,
+    then their strides between rows and between tokens."""
 
     channels = 16  # of a program
 
@@ -252,29 +307,42 @@ class GluonKernels:
 
         self.module, self.d_state = gluon, d_state
 
-    def forward(self, grid, local_pass: bool, arguments) -> None:
-        x, h0, reset, live, d_inner = arguments[0], arguments[8], arguments[11], arguments[12], arguments[17]
-        launch(
-            self.module.scan_forward, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, KEEP=KEEP, LOCAL_PASS=local_pass, EXACT=x.dtype == torch.float32,
-            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None, FULL=d_inner % self.channels == 0, num_warps=1,
+    def forward(self, problems: list[tuple], local_pass: bool = False, without_last: bool = False) -> None:
+        x, h0, reset, live = (problems[0][i] for i in (5, 13, 16, 17))
+        self._launch(
+            self.module.scan_forward, problems, 5, (*range(5, 10), 18), without_last, LOCAL_PASS=local_pass,
+            EXACT=x.dtype == torch.float32, HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
-    def gradient_state(self, grid, first: int, arguments) -> None:
-        reset, live, d_inner = arguments[6], arguments[7], arguments[11]
-        launch(
-            self.module.scan_gradient_state, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, U=8, FIRST=first, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
-            FULL=d_inner % self.channels == 0, num_warps=1,
-        )
-
-    def backward(self, grid, arguments) -> None:
-        reset, live, final, d_inner = arguments[10], arguments[11], arguments[13], arguments[24]
-        launch(
-            self.module.scan_backward, (-(-d_inner // self.channels), *grid),
-            *arguments, N=self.d_state, T=KEEP, HAS_FINAL=final is not None,
+    def gradient_state(self, problems: list[tuple], without_first: bool = False) -> None:
+        reset, live = problems[0][11:13]
+        self._launch(
+            self.module.scan_gradient_state, problems, 4, range(5, 9), without_first, U=8, FIRST=int(without_first),
             HAS_RESET=reset is not None, HAS_LIVE=live is not None,
-            FULL=d_inner % self.channels == 0, num_warps=1,
+        )
+
+    def backward(self, problems: list[tuple]) -> None:
+        reset, live, _, final = problems[0][15:19]
+        self._launch(
+            self.module.scan_backward, problems, 9, range(5, 12),
+            HAS_FINAL=final is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+        )
+
+    def _launch(self, kernel, problems: list[tuple], n_strided: int, token_major, one_less: bool = False, **flags) -> None:
+        """n_strided: pairs of strides at the end of a problem; token_major: which of its arguments are read a tile at a time."""
+        arguments, shapes, full = [], [], True
+        for problem in problems:
+            (d_inner, batch, length, *_), strides = problem[:5], problem[-2 * n_strided :]
+            arguments.append((*problem[1 : -2 * n_strided], *strides[::2]))
+            shape, last = (d_inner, *strides[1::2]), len(arguments)
+            alike = bool(shapes) and shapes[-1][2] == shape
+            shapes.append((shapes.pop()[0] if alike else last - 1, last, shape))
+            full = full and d_inner % self.channels == 0 and length % KEEP == 0
+            tiles = [problem[i] for i in token_major]
+            if full and any(v.dtype == torch.bfloat16 for v in tiles):  # read two at a time
+                full = not any(stride % 2 for stride in strides) and not any(v.data_ptr() % 4 for v in tiles)
+        _launch(
+            kernel, problems, arguments, self.channels, one_less, SHAPES=tuple(shapes), N=self.d_state, T=KEEP, **flags, FULL=full
         )
 
 
@@ -286,30 +354,50 @@ class PlainKernels:
     def __init__(self, d_state: int):
         self.constants = dict(N=d_state, NP=triton.next_power_of_2(d_state), BD=self.channels)
 
-    def forward(self, grid, local_pass: bool, arguments) -> None:
-        d_inner, reset, live, h0 = arguments[17], arguments[11], arguments[12], arguments[8]
-        launch(
-            _scan_forward, (-(-d_inner // self.channels), *grid),
-            *arguments, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass, HAS_H0=h0 is not None, HAS_RESET=reset is not None,
-            HAS_LIVE=live is not None, num_warps=1,
+    def forward(self, problems: list[tuple], local_pass: bool = False, without_last: bool = False) -> None:
+        h0, reset, live = (problems[0][i] for i in (13, 16, 17))
+        _launch(
+            _scan_forward, problems, problems, self.channels, without_last, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass,
+            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
-    def gradient_state(self, grid, first: int, arguments) -> None:
-        d_inner, reset, live = arguments[11], arguments[6], arguments[7]
-        launch(
-            _scan_gradient_state, (-(-d_inner // self.channels), *grid),
-            *arguments, **self.constants, FIRST=first, HAS_RESET=reset is not None, HAS_LIVE=live is not None, num_warps=1,
+    def gradient_state(self, problems: list[tuple], without_first: bool = False) -> None:
+        reset, live = problems[0][11:13]
+        _launch(
+            _scan_gradient_state, problems, problems, self.channels, without_first, **self.constants, FIRST=int(without_first),
+            HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
-    def backward(self, grid, arguments) -> None:
-        d_inner, reset, live, final, kept = arguments[24], arguments[10], arguments[11], arguments[13], arguments[12]
-        programs = -(-d_inner // self.channels)
-        states = _states(kept, programs, *grid, KEEP + 1, self.channels, self.constants["NP"])
-        launch(
-            _scan_backward, (programs, *grid),
-            *arguments, states, **self.constants, KEEP=KEEP, HAS_FINAL=final is not None, HAS_RESET=reset is not None,
-            HAS_LIVE=live is not None, num_warps=1,
+    def backward(self, problems: list[tuple]) -> None:
+        reset, live, kept, final = problems[0][15:19]
+        arguments = []
+        for problem in problems:
+            d_inner, batch, _, segments, *_ = problem
+            programs = -(-d_inner // self.channels)
+            arguments.append(
+                (*problem, _states(kept, programs, batch, segments, KEEP + 1, self.channels, self.constants["NP"]))
+            )
+        _launch(
+            _scan_backward, problems, arguments, self.channels, **self.constants,
+            KEEP=KEEP, HAS_FINAL=final is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
+
+
+def _launch(kernel, problems: list[tuple], arguments: list[tuple], channels: int, one_less: bool = False, **constants) -> None:
+    """A kernel of one warp for `channels` of a row and segment. one_less: of its segments one is left out."""
+    programs = [-(-d_inner // channels) * batch * (segments - one_less) for d_inner, batch, _, segments, *_ in problems]
+    # What is not there must be something: kernels choose between problems.
+    filled = [tuple(p[5] if v is None else v for v in values) for p, values in zip(problems, arguments)]
+    launch_together(kernel, filled, programs, **constants, num_warps=1)
+
+
+@triton.jit
+def _place(PROBLEMS, STARTS, BD: tl.constexpr):
+    """(problem, block of channels, row, segment) of this program."""
+    problem, place = problem_of(PROBLEMS, STARTS)
+    blocks = (problem[0] + BD - 1) // BD
+    row = place // blocks
+    return problem, place % blocks, (row % problem[1]).to(tl.int64), row // problem[1]
 
 
 @triton.jit
@@ -340,14 +428,15 @@ def _step_size(DT, bias, ok, at, RESET, LIVE, HAS_RESET: tl.constexpr, HAS_LIVE:
 
 @triton.jit
 def _scan_forward(
-    X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
-    L, D, S, SEGMENT, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t,
+    PROBLEMS, STARTS,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, LOCAL_PASS: tl.constexpr, HAS_H0: tl.constexpr,
     HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """As `gluon.forward_kernel`, one token at a time."""
-    d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP)
-    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    """As `gluon.scan_forward`, one token at a time."""
+    problem, block, b, s = _place(PROBLEMS, STARTS, BD)
+    (D, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+     sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t) = problem  # fmt: skip
+    d, n = block * BD + tl.arange(0, BD), tl.arange(0, NP)
     ok, n_ok = d < D, n < N
     ok2 = ok[:, None] & n_ok[None, :]
     off = d[:, None] * N + n[None, :]
@@ -390,13 +479,15 @@ def _scan_forward(
 
 @triton.jit
 def _scan_gradient_state(
-    DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
-    L, D, S, SEGMENT, sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t,
+    PROBLEMS, STARTS,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, FIRST: tl.constexpr, HAS_RESET: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """As `gluon.gradient_state_kernel`, one token at a time."""
-    d, n = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, NP)
-    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2) + FIRST
+    """As `gluon.scan_gradient_state`, one token at a time."""
+    problem, block, b, s = _place(PROBLEMS, STARTS, BD)
+    (D, n_batch, L, S, SEGMENT, DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
+     sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t) = problem  # fmt: skip
+    s += FIRST
+    d, n = block * BD + tl.arange(0, BD), tl.arange(0, NP)
     ok, n_ok = d < D, n < N
     ok2 = ok[:, None] & n_ok[None, :]
     off = d[:, None] * N + n[None, :]
@@ -421,17 +512,16 @@ def _scan_gradient_state(
 
 @triton.jit
 def _scan_backward(
-    X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
-    DX, DDT, DZ, DBC, DA, DVEC, DH0,
-    L, D, S, SEGMENT, n_batch, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t, sdx_b, sdx_t, sdd_b, sdd_t,
-    sdz_b, sdz_t, SCRATCH,
+    PROBLEMS, STARTS,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, KEEP: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
-    """As `gluon.backward_kernel`, one token at a time; a program keeps the states of KEEP tokens in its part of SCRATCH."""
-    pid = tl.program_id(0)
+    """As `gluon.scan_backward`, one token at a time; a program keeps the states of KEEP tokens in its part of SCRATCH."""
+    problem, pid, b, s = _place(PROBLEMS, STARTS, BD)
+    (D, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+     DX, DDT, DZ, DBC, DA, DH0, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t,
+     sdx_b, sdx_t, sdd_b, sdd_t, sdz_b, sdz_t, SCRATCH) = problem  # fmt: skip
     d, n = pid * BD + tl.arange(0, BD), tl.arange(0, NP)
-    b, s = tl.program_id(1).to(tl.int64), tl.program_id(2)
     ok, n_ok = d < D, n < N
     ok2 = ok[:, None] & n_ok[None, :]
     off = d[:, None] * N + n[None, :]
@@ -494,29 +584,45 @@ def _scan_backward(
             tl.store(DDT + b * sdd_b + t64 * sdd_t + d, ddt.to(DDT.dtype.element_ty), mask=ok)
             tl.store(DZ + b * sdz_b + t64 * sdz_t + d, dz.to(DZ.dtype.element_ty), mask=ok)
             part = DBC + ((pid.to(tl.int64) * n_batch + b) * L + t0 + u) * (2 * N) + n
-            tl.store(part, tl.sum(dh * (dt * x)[:, None], 0), mask=n_ok)
-            tl.store(part + N, tl.sum(after * dy[:, None], 0), mask=n_ok)
+            tl.store(part, tl.sum(dh * (dt * x)[:, None], 0).to(DBC.dtype.element_ty), mask=n_ok)
+            tl.store(part + N, tl.sum(after * dy[:, None], 0).to(DBC.dtype.element_ty), mask=n_ok)
         tl.debug_barrier()
-    tl.store(DA + (b * S + s) * D * N + off, d_a, mask=ok2)
-    tl.store(DVEC + (b * S + s) * 2 * D + d, d_bias, mask=ok)
-    tl.store(DVEC + (b * S + s) * 2 * D + D + d, d_skip, mask=ok)
+    DA += (b * S + s) * D * (N + 2)
+    tl.store(DA + off, d_a, mask=ok2)
+    tl.store(DA + D * N + d, d_bias, mask=ok)
+    tl.store(DA + D * (N + 1) + d, d_skip, mask=ok)
     if s == 0:
         tl.store(DH0 + b * D * N + off, carry, mask=ok2)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
+def _add(parts, n_parts, stride, inside, SIZE: tl.constexpr):
+    """The sum over n_parts of what lies stride apart, (SIZE,), eight at a time so that enough is on its way."""
+    total = tl.zeros((SIZE,), tl.float32)
+    k = tl.arange(0, 8)[:, None]
+    for first in range(0, n_parts, 8):
+        p = parts[None, :] + (first + k).to(tl.int64) * stride
+        total += tl.sum(tl.load(p, mask=inside[None, :] & (first + k < n_parts), other=0.0).to(tl.float32), 0)
+    return total
+
+
+@triton.jit
 def _scan_add_parts(
-    PARTS, GB, GC, n_parts, n_rows, L, sb_b, sb_t, sc_b, sc_t, N: tl.constexpr, NP: tl.constexpr, ROWS: tl.constexpr
-):
-    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C."""
-    row, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, NP)
-    ok = (row < n_rows)[:, None] & (n < N)[None, :]
-    p = PARTS + row.to(tl.int64)[:, None] * (2 * N) + n[None, :]
-    total_b, total_c = tl.zeros((ROWS, NP), tl.float32), tl.zeros((ROWS, NP), tl.float32)
-    for _ in range(0, n_parts):
-        total_b += tl.load(p, mask=ok, other=0.0)
-        total_c += tl.load(p + N, mask=ok, other=0.0)
-        p += n_rows.to(tl.int64) * (2 * N)
-    b, t = (row // L).to(tl.int64), (row % L).to(tl.int64)
-    tl.store(GB + (b * sb_b + t * sb_t)[:, None] + n[None, :], total_b.to(GB.dtype.element_ty), mask=ok)
-    tl.store(GC + (b * sc_b + t * sc_t)[:, None] + n[None, :], total_c.to(GC.dtype.element_ty), mask=ok)
+    PROBLEMS, STARTS,
+    N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C, and SUMMANDS (n_summands, n_sums) into SUMS."""
+    problem, place = problem_of(PROBLEMS, STARTS)
+    (PARTS, GB, GC, SUMMANDS, SUMS, n_parts, n_rows, L, n_summands, n_sums, row_programs,
+     sb_b, sb_t, sc_b, sc_t) = problem  # fmt: skip
+    if place < row_programs:
+        i = tl.arange(0, ROWS * WIDTH)
+        row, column = place * ROWS + i // WIDTH, i % WIDTH
+        ok = (row < n_rows) & (column < 2 * N)
+        total = _add(PARTS + row.to(tl.int64) * (2 * N) + column, n_parts, n_rows.to(tl.int64) * (2 * N), ok, ROWS * WIDTH)
+        b, t = (row // L).to(tl.int64), (row % L).to(tl.int64)
+        tl.store(GB + b * sb_b + t * sb_t + column, total.to(GB.dtype.element_ty), mask=ok & (column < N))
+        tl.store(GC + b * sc_b + t * sc_t + column - N, total.to(GC.dtype.element_ty), mask=ok & (column >= N))
+    else:
+        i = (place - row_programs) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(SUMS + i, _add(SUMMANDS + i, n_summands, n_sums.to(tl.int64), i < n_sums, BLOCK), mask=i < n_sums)

@@ -88,7 +88,7 @@ def _kernels_bytes(name: str, config: Config) -> float:
     model, rows, length = config.model, config.training.micro_batch, config.shard_len
     d, itemsize = model.d_model, 2 if config.training.precision == "bf16" else 4
     mixer = mixers.kept_bytes(name, model, itemsize, length)
-    return rows * length * ((4 + itemsize) * d + mixer)  # the residual stream, and what the norm makes of it
+    return rows * length * (itemsize * d + mixer)  # what the norm makes of the residual stream
 
 
 def _saved_bytes(name: str, config: Config) -> float:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
+from serpent_scale.kernels.linear import low_copies, products_dtype
 from serpent_scale.kernels.linear_later import linear_later
-from serpent_scale.kernels.mamba_inner import mamba_inner, mamba_inner_phases
+from serpent_scale.kernels.mamba_inner import mamba_inner, mamba_inner_phases, mamba_inner_together
 from serpent_scale.kernels.selective_state_update import selective_state_update
 from serpent_scale.model.documents import Documents
+from serpent_scale.model.linear import Linear
 from serpent_scale.model.mixer import Begun, Mixer, halo
 
 TOKENS_A_STATE = 32  # the GPU's scan keeps one state for the backward pass every so many tokens
@@ -38,7 +40,7 @@ class Mamba(Mixer):
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: MambaConfig):
         super().__init__(d_in, d_inner, d_out, config)
         self.d_inner, self.d_state, self.rank = d_inner, config.d_state, dt_rank(d_inner, config)
-        self.in_proj = nn.Linear(d_in, 2 * d_inner, bias=False)
+        self.in_proj = Linear(d_in, 2 * d_inner)
         self.conv_weight = nn.Parameter(torch.empty(d_inner, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(d_inner))
         self.x_proj = nn.Linear(d_inner, self.rank + 2 * config.d_state, bias=False)
@@ -46,7 +48,7 @@ class Mamba(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(d_inner))
         self.A_log = nn.Parameter(torch.arange(1, config.d_state + 1).float().log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, d_out, bias=False)
+        self.out_proj = Linear(d_inner, d_out)
         for parameter in (self.A_log, self.D, self.dt_bias):
             parameter._no_weight_decay = True
         self._initialise(config)
@@ -67,6 +69,15 @@ class Mamba(Mixer):
         conv, ssm = (None, None) if state is None else state
         y, conv, ssm = mamba_inner(self.in_proj(x), *self._inner(documents), conv, ssm)
         return self.out_proj(y), MambaState(conv, ssm)
+
+    @staticmethod
+    def together(mixers: list[Mamba], xs: list[Tensor], documents: list[Documents]) -> list[tuple[Tensor, MambaState]]:
+        projections = [(m.in_proj, m.x_proj, m.dt_proj, m.out_proj) for m in mixers]
+        copies = low_copies([p.weight for four in projections for p in four], products_dtype(xs[0]))
+        calls = [(m.in_proj(x, copy), *m._inner(d), None, None) for m, x, d, copy in zip(mixers, xs, documents, copies[::4])]
+        inner = [copy for four in zip(copies[1::4], copies[2::4]) for copy in four]
+        done = zip(mixers, mamba_inner_together(calls, inner), copies[3::4])
+        return [(m.out_proj(y, copy), MambaState(conv, ssm)) for m, (y, conv, ssm), copy in done]
 
     def _inner(self, documents: Documents) -> tuple:
         """Arguments of `mamba_inner` from conv_weight to live."""

@@ -115,9 +115,10 @@ class Mamba2(Mixer):
 
     @staticmethod
     def kept_bytes(d_inner: int, config: Mamba2Config, itemsize: int) -> float:
-        """in_proj's output, the convolution's, the scan's, silu(z), what the norm reads (float32) and what it gives."""
+        """in_proj's output, the convolution's, the scan's, silu(z) and what the norms of the groups give, apart and together."""
         heads, d_conv_in = d_inner // config.head_dim, d_inner + 2 * config.n_groups * config.d_state
-        return itemsize * (d_inner + 2 * d_conv_in + heads + 3 * d_inner) + 4 * d_inner
+        normalised = 1 if config.n_groups == 1 else 2
+        return itemsize * (d_inner + 2 * d_conv_in + heads + (2 + normalised) * d_inner)
 
 
 def _step(

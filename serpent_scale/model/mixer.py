@@ -64,6 +64,11 @@ class Mixer(nn.Module):
         """The linear maps whose outputs it adds to the residual stream."""
         return [self.out_proj]
 
+    @staticmethod
+    def together(mixers: list[Mixer], xs: list[Tensor], documents: list[Documents]) -> list[tuple[Tensor, Any]]:
+        """What each mixer, all of this class, makes of its own rows from no state; in common launches where the class has some."""
+        return [mixer(x, d) for mixer, x, d in zip(mixers, xs, documents)]
+
     # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in three parts,
     # between which the shards' holders exchange what each needs of the others.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
 from serpent_scale.model.documents import FAR, Documents, Shard
+from serpent_scale.model.linear import Linear
 from serpent_scale.model.mixer import Begun, Mixer, at_slots
 from serpent_scale.model.routing import RoutedBranch, width
 from serpent_scale.model.stack import Stack
@@ -66,23 +67,34 @@ class Branch(nn.Module):
 
     def forward(self, u: Tensor, documents: Documents, state: BranchState | None = None) -> tuple[Tensor, BranchState]:
         window, inner, outputs = (None, None, None) if state is None else state
+        x, elements, clock, window = self.compress(u, documents, window)
+        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            y, inner = step_live(self.inner, self.d_out, x, elements, inner)
+        else:
+            y, inner = self.inner(x, elements, inner)
+        z, outputs = self.restore(y, u, clock, documents, outputs)
+        return z, BranchState(window, inner, outputs)
+
+    def compress(self, u: Tensor, documents: Documents, window: Carry | None = None) -> tuple[Tensor, Documents, Clock, Carry]:
+        """What the inner mixer reads, its documents, the clock, and the carry after u."""
         x, clock, window = compress(
             u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
             window,
         )
         if self.window_map is not None:
             x = self.window_map(x)
-        elements = Documents(
+        return x, Documents(
             clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
-        )
-        if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            y, inner = step_live(self.inner, self.d_out, x, elements, inner)
-        else:
-            y, inner = self.inner(x, elements, inner)
+        ), clock, window
+
+    def restore(
+        self, y: Tensor, u: Tensor, clock: Clock, documents: Documents, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The inner mixer's outputs y at full length, and the last of them."""
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
         if documents.lessons is not None and self.teach != "durations":
             z = teach(self.teach, z, y, u, self.clock_weight, self.clock_bias, clock, self.sampling, documents)
-        return z, BranchState(window, inner, outputs)
+        return z, outputs
 
     @property
     def out_projs(self) -> list[nn.Linear]:
@@ -214,17 +226,37 @@ class Serpent(nn.Module):
                 routed = config.clock == "routed"
                 branch = RoutedBranch(branch, d_model, out, rate) if routed else Branch(branch, d_model, out, rate, config)
             self.branches.append(branch)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False) if projected(config) else None
+        self.out_proj = Linear(d_model, d_model) if projected(config) else None
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
-        states = (None,) * len(self.branches) if state is None else state
-        return self._join([branch(x, documents, s) for branch, s in zip(self.branches, states)])
+        if state is not None or self._apart:
+            states = (None,) * len(self.branches) if state is None else state
+            return self._join([branch(x, documents, s) for branch, s in zip(self.branches, states)])
+        clocked = [isinstance(branch, Branch) for branch in self.branches]
+        parts = [branch.compress(x, documents) if c else (x, documents) for branch, c in zip(self.branches, clocked)]
+        mixers = [branch.inner if c else branch for branch, c in zip(self.branches, clocked)]
+        mixed = type(mixers[0]).together(mixers, *([part[i] for part in parts] for i in range(2)))
+        results = []
+        for branch, c, (_, _, *restored), (y, inner) in zip(self.branches, clocked, parts, mixed):
+            if c:
+                clock, window = restored
+                y, outputs = branch.restore(y, x, clock, documents)
+                inner = BranchState(window, inner, outputs)
+            results.append((y, inner))
+        return self._join(results)
 
     @property
     def out_projs(self) -> list[nn.Linear]:
         if self.out_proj is not None:
             return [self.out_proj]
         return [projection for branch in self.branches for projection in branch.out_projs]
+
+    @property
+    def _apart(self) -> bool:
+        """Whether branches must run one by one: routed ones, and those that someone listens to, as who gathers parameters just
+        before they are needed does."""
+        routed = any(isinstance(branch, RoutedBranch) for branch in self.branches)
+        return routed or any(m._forward_pre_hooks or m._forward_hooks for branch in self.branches for m in branch.modules())
 
     @property
     def reach(self) -> int:

@@ -61,6 +61,17 @@ class Stack(nn.Module):
             after.append(given)
         return (h - start + y).to(y.dtype), tuple(after)
 
+    @staticmethod
+    def together(stacks: list[Stack], xs: list[Tensor], documents: list[Documents]) -> list[tuple[Tensor, tuple]]:
+        """See `Mixer.together`; the stacks are equally deep."""
+        starts = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in xs]
+        hs, ys, after = starts, [None] * len(xs), []
+        for blocks in zip(*(stack.blocks for stack in stacks)):
+            xs, hs = zip(*(block.norm(h, y) for block, h, y in zip(blocks, hs, ys)))
+            ys, states = zip(*type(blocks[0].mixer).together([block.mixer for block in blocks], xs, documents))
+            after.append(states)
+        return [((h - start + y).to(y.dtype), states) for h, start, y, states in zip(hs, starts, ys, zip(*after))]
+
     @property
     def out_projs(self) -> list[nn.Linear]:
         return [projection for block in self.blocks for projection in block.mixer.out_projs]
