@@ -157,6 +157,17 @@ def test_outputs_go_into_given_buffers():
     assert torch.equal(wide[..., 16:32], grad_u)
 
 
+def test_what_others_ask_of_u_is_added():
+    s = sampling_of(0.5, bases=2)
+    t, reset, slots, _ = case(((25,), (25,)), 16, s)
+    u, asked = t["u"].requires_grad_(), torch.randn(2, 25, 32, device=DEVICE)[..., 3:19]
+    x, _, _, through = kernels.compress_beside(u, t["window"], t["weight"], t["bias"], reset, s, slots)
+    alone, = torch.autograd.grad(x.sin().sum(), u, retain_graph=True)
+    added, = torch.autograd.grad(x.sin().sum() + (through * asked).sum(), u, retain_graph=True)
+    assert torch.equal(through, u) and relative_error(added, alone + asked) < 1e-6
+    assert torch.equal(torch.autograd.grad((through * asked).sum(), u)[0], asked)
+
+
 def test_nothing_before_a_changed_token_moves_by_a_bit():
     s = sampling_of(0.5, bases=2)
     t, reset, slots, carried = case(((22, 11),), 8, s)

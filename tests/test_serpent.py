@@ -6,6 +6,7 @@ import pytest
 import serpent_oracle
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from serpent_scale.config import MambaConfig, SerpentConfig
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
@@ -116,6 +117,22 @@ def assert_causal_to_the_bit(mixer, d):
 
 def test_outputs_before_a_changed_token_do_not_move_by_a_bit(mixer):
     assert_causal_to_the_bit(mixer, 32)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_branches_together_give_what_they_give_one_by_one(depth):
+    torch.manual_seed(0)
+    mixer = Serpent(24, SerpentConfig(band=2.0, depth=depth, rates=[0.5, 1.0, 0.25]), Mamba, MambaConfig(d_state=4)).double()
+    x, documents = packed(LENGTHS, 24)
+    x.requires_grad_()
+    leaves, heard, found = [x, *mixer.parameters()], [], []
+    for _ in range(2):
+        y, state = mixer(x, documents)
+        found.append([y, *tree_leaves(state), *torch.autograd.grad(y.sin().sum(), leaves)])
+        mixer.branches[0].register_forward_hook(lambda *_: heard.append(1))  # who listens to a part makes them run one by one
+    assert heard
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_packed_document_gives_what_it_gives_alone(mixer):

@@ -5,7 +5,10 @@ import torch
 from . import reference
 from .reference import TICK_BITS, TICKS, Carry, Clock, Sampling, apply_map, banded_clock
 
-__all__ = ["TICK_BITS", "TICKS", "Carry", "Clock", "Sampling", "apply_map", "banded_clock", "clock_maps", "compress", "decompress"]
+__all__ = [
+    "TICK_BITS", "TICKS", "Carry", "Clock", "Sampling", "apply_map", "banded_clock", "clock_maps", "compress", "compress_beside",
+    "decompress",
+]
 
 
 def _implementation(x: torch.Tensor, sampling: Sampling, held: bool = False):
@@ -22,6 +25,11 @@ def compress(u, basis, weight, bias, reset, sampling, slots, carry=None):
         return _implementation(u, sampling).compress(u, basis, weight, bias, reset, sampling, slots, carry)
 
 
+def compress_beside(u, basis, weight, bias, reset, sampling, slots, carry=None):
+    with torch.autocast(u.device.type, enabled=False):
+        return _implementation(u, sampling).compress_beside(u, basis, weight, bias, reset, sampling, slots, carry)
+
+
 def decompress(y, basis, clock, sampling, tail=None):
     with torch.autocast(y.device.type, enabled=False):
         return _implementation(y, sampling, basis is None).decompress(y, basis, clock, sampling, tail)
@@ -34,3 +42,4 @@ def clock_maps(u, weight, bias, reset, sampling, ends):
 
 clock_maps.__doc__ = reference.clock_maps.__doc__
 compress.__doc__, decompress.__doc__ = reference.compress.__doc__, reference.decompress.__doc__
+compress_beside.__doc__ = reference.compress_beside.__doc__

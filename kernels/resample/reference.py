@@ -86,6 +86,14 @@ def compress(
     return x.to(out), clock, hand_on(u.to(out), clock.steps, dev, position, sampling, carry)
 
 
+def compress_beside(
+    u: Tensor, basis: Tensor | None, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
+    carry: Carry | None = None,
+) -> tuple[Tensor, Clock, Carry, Tensor]:
+    """`compress`, and u for whoever else reads it: where its gradient is formed, what they ask of it is added."""
+    return *compress(u, basis, weight, bias, reset, sampling, slots, carry), u
+
+
 def hand_on(u: Tensor, steps: Tensor, dev: Tensor, position: Tensor, sampling: Sampling, carry: Carry | None) -> Carry:
     """The carry after the tokens u."""
     halo, length = sampling.window_taps - 1, u.shape[1]

@@ -419,11 +419,11 @@ def _interval_backward(
 
 @triton.jit
 def _merge_backward_tokens(
-    u, grad_x, emitter, newest, covering, mass, basis, weight, grad_logit, grad_u, grad_halo, clock_parts,
-    length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, out_b, out_l, halo, per_program,
-    HALO: tl.constexpr, LEARN: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    u, grad_x, emitter, newest, covering, mass, basis, weight, grad_logit, beside, grad_u, grad_halo, clock_parts,
+    length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, beside_b, beside_l, out_b, out_l, halo, per_program,
+    HALO: tl.constexpr, LEARN: tl.constexpr, BESIDE: tl.constexpr, M: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """grad_u, and parts of the gradients of the clock's weight and bias (B, programs, d + 1)."""
+    """grad_u, with what others ask of u beside, and parts of the gradients of the clock's weight and bias (B, programs, d + 1)."""
     blocks = tl.cdiv(d, BLOCK)
     block, chunk, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
     c, first = block * BLOCK + tl.arange(0, BLOCK), chunk * per_program
@@ -443,6 +443,9 @@ def _merge_backward_tokens(
             g_logit = tl.load(grad_logit + t, mask=t >= 0, other=0.0)
             value = tl.load(u + b * stride_b + _wide(t) * stride_l + c, mask=(c < d) & (t >= 0), other=0.0)
         total = tl.zeros([BLOCK], tl.float32)
+        if BESIDE:
+            others = beside + b * beside_b + _wide(t) * beside_l + c
+            total += tl.load(others, mask=(c < d) & (t >= 0), other=0.0).to(tl.float32)
         for start in range(0, n, CHUNK):
             taps_back, values, weights = (), (), ()
             for i in tl.static_range(CHUNK):
@@ -779,11 +782,12 @@ def compress_forward(
 
 def compress_backward(
     grad_x: Tensor, grad_phase: Tensor | None, u: Tensor, halo: Tensor | None, basis: Tensor, weight: Tensor | None,
-    saved: tuple[Tensor, ...], sampling: Sampling, out: Tensor | None = None,
+    saved: tuple[Tensor, ...], sampling: Sampling, out: Tensor | None = None, beside: Tensor | None = None,
     slots_per_program: int | None = None, tokens_per_program: int | None = None, slots_block: int = 64, tokens_block: int = 256,
     slots_warps: int = 1, slots_stages: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of u (into `out`, which may be strided, if given), halo, basis, weight and bias."""
+    """Gradients of u (into `out`, which may be strided, if given), halo, basis, weight and bias. beside (B, L, d): what is to be
+    added to that of u."""
     tokens, floats, at_slots, table = saved
     (batch, length, d), slots, bases, taps = u.shape, grad_x.shape[1], len(basis), sampling.window_taps
     device, learn, has_halo = u.device, weight is not None, halo is not None
@@ -821,12 +825,13 @@ def compress_backward(
     chunks = _cdiv(before + length, share)
     clock_parts = torch.empty((batch * chunks, d + 1) if learn else (0, 0), device=device)
     _, out_b, out_l = _strides(grad_u)
+    beside_at = (grad_u, 0, 0) if beside is None else _strides(beside)
     launch(
         _merge_backward_tokens, (blocks * chunks, batch),
-        u, grad_x, at_slots, tokens, covering, table, basis, weight if learn else basis, grad_logit,
+        u, grad_x, at_slots, tokens, covering, table, basis, weight if learn else basis, grad_logit, beside_at[0],
         grad_u, grad_halo if has_halo else grad_u, clock_parts,
-        length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, out_b, out_l, before, share,
-        HALO=has_halo, LEARN=learn, M=bases, CHUNK=2, BLOCK=block, num_warps=1,
+        length, slots, d, taps, stride_b, stride_l, grad_b, grad_j, *beside_at[1:], out_b, out_l, before, share,
+        HALO=has_halo, LEARN=learn, BESIDE=beside is not None, M=bases, CHUNK=2, BLOCK=block, num_warps=1,
     )
     grad_basis = torch.empty(bases, d, dtype=basis.dtype, device=device)
     grad_clock = torch.empty(d + 1, dtype=weight.dtype, device=device) if learn else clock_parts
@@ -839,7 +844,8 @@ def compress_backward(
 class _Compress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, halo, basis, weight, bias, reset, sampling, slots, carry, fixed):
-        """x and the phase; what carries no gradients goes into the list `fixed`: autograd's work grows with each output."""
+        """x, the phase, and u for whoever else reads it; what carries no gradients goes into the list `fixed`: autograd's work
+        grows with each output."""
         ctx.set_materialize_grads(False)
         if carry is not None:
             halo = halo.contiguous()
@@ -850,14 +856,14 @@ class _Compress(torch.autograd.Function):
         ctx.sampling = sampling
         if weight is None:
             ctx.mark_non_differentiable(clock.phase)
-        return x, clock.phase
+        return x, clock.phase, u.view_as(u)
 
     @staticmethod
-    def backward(ctx, grad_x, grad_phase):
+    def backward(ctx, grad_x, grad_phase, beside):
         u, halo, basis, weight, *saved = ctx.saved_tensors
         if grad_x is None:
             grad_x = torch.zeros(len(u), saved[2].shape[2], u.shape[2], dtype=u.dtype, device=u.device)
-        grads = compress_backward(grad_x, grad_phase, u, halo, basis, weight, saved, ctx.sampling)
+        grads = compress_backward(grad_x, grad_phase, u, halo, basis, weight, saved, ctx.sampling, beside=beside)
         return *grads, None, None, None, None, None
 
 
@@ -865,10 +871,18 @@ def compress(
     u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
     carry: Carry | None = None,
 ) -> tuple[Tensor, Clock, Carry]:
+    return compress_beside(u, basis, weight, bias, reset, sampling, slots, carry)[:3]
+
+
+def compress_beside(
+    u: Tensor, basis: Tensor, weight: Tensor | None, bias: Tensor | None, reset: Tensor, sampling: Sampling, slots: int,
+    carry: Carry | None = None,
+) -> tuple[Tensor, Clock, Carry, Tensor]:
+    """As `reference.compress_beside`."""
     halo, fixed = None if carry is None else carry.tokens.to(u.dtype), []
-    x, phase = _Compress.apply(u, halo, basis, weight, bias, reset, sampling, slots, carry, fixed)
+    x, phase, through = _Compress.apply(u, halo, basis, weight, bias, reset, sampling, slots, carry, fixed)
     clock, dev, position = fixed
-    return x, clock._replace(phase=phase), hand_on(u, clock.steps, dev, position, sampling, carry)
+    return x, clock._replace(phase=phase), hand_on(u, clock.steps, dev, position, sampling, carry), through
 
 
 def decompress_forward(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from serpent_scale.config import SerpentConfig
-from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
+from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, compress_beside, decompress
 from serpent_scale.model.documents import FAR, Documents, Shard
 from serpent_scale.model.linear import Linear
 from serpent_scale.model.mixer import Begun, Mixer, at_slots
@@ -67,7 +67,7 @@ class Branch(nn.Module):
 
     def forward(self, u: Tensor, documents: Documents, state: BranchState | None = None) -> tuple[Tensor, BranchState]:
         window, inner, outputs = (None, None, None) if state is None else state
-        x, elements, clock, window = self.compress(u, documents, window)
+        x, elements, clock, window, _ = self.compress(u, documents, window)
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             y, inner = step_live(self.inner, self.d_out, x, elements, inner)
         else:
@@ -75,9 +75,11 @@ class Branch(nn.Module):
         z, outputs = self.restore(y, u, clock, documents, outputs)
         return z, BranchState(window, inner, outputs)
 
-    def compress(self, u: Tensor, documents: Documents, window: Carry | None = None) -> tuple[Tensor, Documents, Clock, Carry]:
-        """What the inner mixer reads, its documents, the clock, and the carry after u."""
-        x, clock, window = compress(
+    def compress(
+        self, u: Tensor, documents: Documents, window: Carry | None = None
+    ) -> tuple[Tensor, Documents, Clock, Carry, Tensor]:
+        """What the inner mixer reads, its documents, the clock, the carry after u, and u for whoever else reads it."""
+        x, clock, window, u = compress_beside(
             u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
             window,
         )
@@ -85,7 +87,7 @@ class Branch(nn.Module):
             x = self.window_map(x)
         return x, Documents(
             clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
-        ), clock, window
+        ), clock, window, u
 
     def restore(
         self, y: Tensor, u: Tensor, clock: Clock, documents: Documents, outputs: Tensor | None = None
@@ -232,17 +234,18 @@ class Serpent(nn.Module):
         if state is not None or self._apart:
             states = (None,) * len(self.branches) if state is None else state
             return self._join([branch(x, documents, s) for branch, s in zip(self.branches, states)])
-        clocked = [isinstance(branch, Branch) for branch in self.branches]
-        parts = [branch.compress(x, documents) if c else (x, documents) for branch, c in zip(self.branches, clocked)]
-        mixers = [branch.inner if c else branch for branch, c in zip(self.branches, clocked)]
-        mixed = type(mixers[0]).together(mixers, *([part[i] for part in parts] for i in range(2)))
-        results = []
-        for branch, c, (_, _, *restored), (y, inner) in zip(self.branches, clocked, parts, mixed):
-            if c:
-                clock, window = restored
-                y, outputs = branch.restore(y, x, clock, documents)
-                inner = BranchState(window, inner, outputs)
-            results.append((y, inner))
+        u, compressed = x, {}
+        for branch in self.branches:
+            if isinstance(branch, Branch):
+                *compressed[branch], x = branch.compress(x, documents)
+        read = [compressed.get(branch, (x, documents))[:2] for branch in self.branches]
+        mixers = [branch.inner if branch in compressed else branch for branch in self.branches]
+        results = type(mixers[0]).together(mixers, *map(list, zip(*read)))
+        for i, branch in enumerate(self.branches):
+            if branch in compressed:
+                (y, inner), (_, _, clock, window) = results[i], compressed[branch]
+                y, outputs = branch.restore(y, u, clock, documents)
+                results[i] = y, BranchState(window, inner, outputs)
         return self._join(results)
 
     @property
