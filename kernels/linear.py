@@ -55,5 +55,5 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad_y.flatten(0, -2)
         with torch.autocast(grad.device.type, enabled=False):
-            grad_x = torch.mm(grad, weight).view(*grad_y.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+            grad_x = torch.mm(grad, weight).view(*grad_y.shape[:-1], weight.shape[1]) if ctx.needs_input_grad[0] else None
             return grad_x, weight_gradient(grad, x.flatten(0, -2), ctx.dtype), None

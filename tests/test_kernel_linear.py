@@ -34,3 +34,12 @@ def test_without_autocast_as_it_is():
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
+
+
+def test_no_tokens():
+    x, weight = (torch.randn(2, n, 8, device=DEVICE, dtype=dtype, requires_grad=True) for n, dtype in
+                 ((0, torch.bfloat16), (6, torch.float32)))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = linear(x, weight[0])
+    grads = torch.autograd.grad(y.sum(), (x, weight))
+    assert y.shape == (2, 0, 6) and grads[0].shape == x.shape and not grads[1].any()
