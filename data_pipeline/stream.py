@@ -73,8 +73,10 @@ class Batch:
 
 
 def _lengths(starts: list[int], seq_len: int) -> tuple[int, ...]:
-    edges = [0, *(starts[1:] if starts[:1] == [0] else starts), seq_len]
-    return tuple(b - a for a, b in zip(edges, edges[1:]))
+    if not starts:
+        return (seq_len,)
+    edges = [0, *(starts[1:] if starts[0] == 0 else starts), seq_len]
+    return tuple([b - a for a, b in zip(edges, edges[1:])])
 
 
 class TokenStream:
@@ -123,9 +125,9 @@ class TokenStream:
         """Samples first, …, first + n - 1, which must be of one stage."""
         before = sum(source.tokens_skipped for source in self.sources)
         tokens, labels, rows, consumed = self._read(first, n)
-        reset = np.zeros(tokens.shape, bool)
-        reset[[row for row, starts in enumerate(rows) for _ in starts], [start for starts in rows for start in starts]] = True
-        lengths = tuple(_lengths(starts, tokens.shape[1]) for starts in rows)
+        reset, seq_len = np.zeros(tokens.shape, bool), tokens.shape[1]
+        reset.reshape(-1)[[row * seq_len + start for row, starts in enumerate(rows) for start in starts]] = True
+        lengths = tuple([_lengths(starts, seq_len) for starts in rows])
         tensors = map(torch.from_numpy, (tokens, labels, reset))
         skipped = sum(source.tokens_skipped for source in self.sources) - before
         return Batch(*tensors, lengths, samples=range(first, first + n), digest=consumed, tokens_skipped=skipped)
@@ -140,7 +142,7 @@ class TokenStream:
         seq_len, packed = stage.seq_len, self.packing != "cut"
         # The index's dtype to the last: a quarter of the memory traffic.
         lines, rows, total = np.empty((n, seq_len + 1), self.index.dtype), [], 0
-        changed_rows, changed_columns, changes = [], [], []
+        changed, changes = [], []
         for row, line in enumerate(lines):
             window, part = stage.locate(first + row)
             source, window = self.mixture.locate(window)
@@ -149,12 +151,11 @@ class TokenStream:
             if starts and starts[-1] == seq_len:
                 starts.pop()
             total += digest.of_sample(first + row, line[:-1], last, starts, self.index.dtype, values if packed else ())
-            changed_rows += [row] * len(columns)
-            changed_columns += columns
+            changed += [row * seq_len + column for column in columns]
             changes += values
             rows.append(starts)
-        tokens, labels = lines[:, :-1].astype(np.int64), lines[:, 1:].astype(np.int64)
-        labels[changed_rows, changed_columns] = changes
+        tokens, labels = (part.astype(np.int64, "C") for part in (lines[:, :-1], lines[:, 1:]))
+        labels.reshape(-1)[changed] = changes
         return tokens, labels, rows, total % digest.MODULUS
 
     @property
