@@ -126,7 +126,10 @@ class TokenStream:
         before = sum(source.tokens_skipped for source in self.sources)
         tokens, labels, rows, consumed = self._read(first, n)
         reset, seq_len = np.zeros(tokens.shape, bool), tokens.shape[1]
-        reset.reshape(-1)[[row * seq_len + start for row, starts in enumerate(rows) for start in starts]] = True
+        flat = reset.reshape(-1)
+        for row, starts in enumerate(rows):
+            for start in starts:
+                flat[row * seq_len + start] = True
         lengths = tuple([_lengths(starts, seq_len) for starts in rows])
         tensors = map(torch.from_numpy, (tokens, labels, reset))
         skipped = sum(source.tokens_skipped for source in self.sources) - before
@@ -151,8 +154,9 @@ class TokenStream:
             if starts and starts[-1] == seq_len:
                 starts.pop()
             total += digest.of_sample(first + row, line[:-1], last, starts, self.index.dtype, values if packed else ())
-            changed += [row * seq_len + column for column in columns]
-            changes += values
+            if columns:
+                changed += [row * seq_len + column for column in columns]
+                changes += values
             rows.append(starts)
         tokens, labels = (part.astype(np.int64, "C") for part in (lines[:, :-1], lines[:, 1:]))
         labels.reshape(-1)[changed] = changes

@@ -73,7 +73,9 @@ class Windows:
         if k < 0:
             raise ValueError(f"window {k} is negative")
         epoch, window = divmod(k, self.n_windows)
-        order, begins = self._shard_order(epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._permute_shards(epoch)
+        _, order, begins = self._epoch
         return self._permuted(epoch, window) * self.seq_len + part * length, order, begins
 
     def spans(self, k: int, part: int = 0, parts: int = 1) -> list[tuple[int, int, int]]:
@@ -140,8 +142,8 @@ class Windows:
     def _permuted(self, epoch: int, window: int) -> int:
         if self.seed is None:
             return window
-        number = window // self.shuffle_block
-        if self._block[:2] != (epoch, number):
+        block, number = self._block, window // self.shuffle_block
+        if block[1] != number or block[0] != epoch:
             begin = number * self.shuffle_block
             size = min(self.shuffle_block, self.n_windows - begin)
             self._block = epoch, number, begin, size, derive_key("windows", self.seed, epoch, number)
@@ -151,8 +153,8 @@ class Windows:
         _, _, begin, size, key = self._block
         self._asked += 1
         if self._asked > ASKED and self._table is None and size <= TABLE:
-            self._table = permutation(size, key)
-        return begin + (permute(window - begin, size, key) if self._table is None else int(self._table[window - begin]))
+            self._table = memoryview(permutation(size, key))
+        return begin + (permute(window - begin, size, key) if self._table is None else self._table[window - begin])
 
     def _prefetch(self, epoch: int, number: int) -> None:
         """Ask for the shards of this block and the next one, as far as they fill half the cache."""
@@ -175,17 +177,20 @@ class Windows:
     def _shard_order(self, epoch: int) -> tuple[list[int], list[int]]:
         """Shards in the order of an epoch (n,), and where each begins in its line of tokens (n + 1,)."""
         if self._epoch is None or self._epoch[0] != epoch:
-            n = len(self.index.shards)
-            order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
-            self._epoch = epoch, order.tolist(), [0, *np.cumsum(self._line[order]).tolist()]
+            self._permute_shards(epoch)
         return self._epoch[1:]
+
+    def _permute_shards(self, epoch: int) -> None:
+        n = len(self.index.shards)
+        order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
+        self._epoch = epoch, order.tolist(), [0, *np.cumsum(self._line[order]).tolist()]
 
     def _open(self, shard: int) -> OpenShard | None:
         """None: it is to be skipped."""
         if shard in self._opened:
             # Reading past the end of a file cut since it was mapped would end the process by SIGBUS, without a word.
             opened = self._opened[shard]
-            if opened.size() == self.index.shards[shard].bytes:
+            if opened.size() == opened.data.nbytes:
                 self._opened.move_to_end(shard)
                 return opened
             del self._opened[shard]
