@@ -24,10 +24,10 @@ from data_pipeline.schedule import Mixture, Schedule
 from data_pipeline.windows import IGNORE, Windows
 from serpent_scale.errors import UserError
 
-STATE_FORMAT = 3
-# What states of earlier formats lack.
-FORMER = {1: {"digest": digest.to_hex(0)}, 2: {}}
-NEW_IN_3 = {"packing": "cut", "sources": [], "stages": [], "skipped": [], "tokens_skipped": 0}
+STATE_FORMAT = 4
+# What states of earlier formats lack. Digests of 2 and 3 are of another hash, and are carried on with this one.
+_NEW_IN_3 = {"packing": "cut", "sources": [], "stages": [], "skipped": [], "tokens_skipped": 0}
+FORMER = {1: {"digest": digest.to_hex(0)} | _NEW_IN_3, 2: _NEW_IN_3, 3: {}}
 PACKINGS = {"cut": Windows, "best_fit": PackedWindows}
 
 
@@ -201,8 +201,7 @@ class TokenStream:
         A state of format 1, which had no digest, is continued with one that counts from here on.
         """
         mine = self.state(0, 0)
-        for former, lacking in FORMER.items():
-            new = lacking | NEW_IN_3
+        for former, new in FORMER.items():
             if isinstance(state, dict) and state.get("format") == former and not new.keys() & state.keys():
                 state = state | new | {"format": STATE_FORMAT}
         if not isinstance(state, dict) or set(state) != set(mine):
