@@ -1,7 +1,7 @@
 """A whole training step without the launcher: forward, backward and AdamW in a bare loop, tokens/s and peak memory.
 
     python benchmarks/step.py --size 370M --pattern mamba serpent alternating --peer --append
-    python benchmarks/step.py --size 370M --pattern mamba --profile
+    python benchmarks/step.py --size 370M --pattern mamba runs hourglass --profile
 
 bf16 autocast over fp32 parameters, torch's fused AdamW, no activation checkpointing, random tokens. `--peer` adds
 mamba_ssm's MambaLMHeadModel of the same size with plain cross-entropy, in the same process and loop.
@@ -24,13 +24,14 @@ from serpent_scale.config import ModelConfig
 from serpent_scale.model.accounting import flops_per_token
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.model.placements import placements
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.optimizer import parameter_groups
 
-SIZES = {"130M": (768, 24), "370M": (1024, 48), "1.4B": (2048, 48), "tiny": (64, 2)}  # d_model, layers; tiny tries the script
+SIZES = {"130M": (768, 24), "370M": (1024, 48), "1.4B": (2048, 48), "tiny": (64, 6)}  # d_model, layers; tiny tries the script
 VOCABULARY = 50280
-PATTERNS = {"mamba": ["mamba"], "serpent": ["serpent"], "alternating": ["mamba", "serpent"]}
 PEER = "mamba_ssm"
+PATTERNS = list(placements(ModelConfig()))
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Measured:
 
 def model_config(size: str, pattern: str) -> ModelConfig:
     d_model, layers = SIZES[size]
-    return ModelConfig(vocab_size=VOCABULARY, d_model=d_model, n_layers=layers, pattern=PATTERNS[pattern])
+    return placements(ModelConfig(vocab_size=VOCABULARY, d_model=d_model, n_layers=layers))[pattern]
 
 
 def our_model(config: ModelConfig, rows: int, length: int, graphs: bool) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:

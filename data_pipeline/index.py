@@ -23,6 +23,7 @@ from data_pipeline.places import Cache, Damage, Remote, is_remote
 from serpent_scale.errors import UserError
 
 FORMAT = 1
+HASH = "fields_sha256"  # key of index.json: of all others; what was prepared before there was one is read without
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 HEADER = 512  # of a tar member, and what its payload is padded to
 NPY_HEADER, ROW = 128, 24  # bytes of documents.npy before its first document, and of one
@@ -139,7 +140,13 @@ def publish_index(
         word_rule=word_rule, documents_sha256=hasher.hexdigest(),
         shards=[asdict(shard) for shard in shards],
     )  # fmt: skip
-    write_atomically(folder / "index.json", (json.dumps(fields, indent=1) + "\n").encode())
+    write_atomically(folder / "index.json", _with_hash(fields))
+
+
+def _with_hash(fields: dict) -> bytes:
+    """The content of index.json. Some fields nothing else would betray: the words that a perplexity is divided by, for one."""
+    digest = hashlib.sha256(json.dumps(fields, indent=1).encode()).hexdigest()
+    return (json.dumps(fields | {HASH: digest}, indent=1) + "\n").encode()
 
 
 _FIELDS = dict(
@@ -206,6 +213,10 @@ def load_index(folder: Path, check_shards: bool = True) -> Index:
         raise UserError(f"{path}: not valid JSON ({error}); {MEND}") from None
     if isinstance(fields, dict) and fields.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: format {fields['format']!r}, this version reads {FORMAT}; prepare the data again")
+    hashed = isinstance(fields, dict) and HASH in fields
+    if hashed:
+        del fields[HASH]
+    intact = not hashed or raw == _with_hash(fields)
     _check_fields(path, "", fields, _FIELDS)
     for number, shard in enumerate(fields["shards"]):
         _check_fields(path, f"shards[{number}].", shard, _SHARD_FIELDS)
@@ -215,6 +226,8 @@ def load_index(folder: Path, check_shards: bool = True) -> Index:
         raise UserError(f"{path}: dtype {fields['dtype']!r} is not one of {', '.join(DTYPES)}; {MEND}")
     if not fields["eot_id"] < fields["vocab_size"]:
         raise UserError(f"{path}: eot_id {fields['eot_id']} is outside the vocabulary of {fields['vocab_size']}; {MEND}")
+    if not intact:
+        raise UserError(f"{path}: damaged, its {HASH} is not that of what it says; {MEND}")
     documents = _load_documents(folder / "documents.npy", fields.pop("documents_sha256"))
     shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
     _check_totals(path, fields, shards, documents)

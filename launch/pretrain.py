@@ -18,6 +18,7 @@ from data_pipeline.places import is_remote
 from serpent_scale.config import load_config
 from serpent_scale.errors import EXIT_REQUEUE, UserError, exit_on_user_error
 from serpent_scale.model.accounting import GIB, flops_per_token, memory_per_rank, parameter_counts
+from serpent_scale.model.placements import plain
 from serpent_scale.parallel import processes, watchdog
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.streams import open_streams
@@ -80,6 +81,11 @@ def print_plan(config, world_size: int) -> None:
     print(f"{'total':<24}{sum(counts.values()):>16,} parameters")
     print(f"{'FLOPs per token':<24}{flops.training / 1e9:>16.3f} GFLOP, forward and backward "
           f"({flops.matmul / (flops.matmul + flops.other):.1%} in matrix products)")
+    if "serpent" in config.model.pattern:
+        twin = plain(config.model)
+        n, cost = sum(parameter_counts(twin).values()), flops_per_token(twin, config.data.seq_len).training
+        print(f"{f'all {config.model.serpent.inner} instead':<24}{n:>16,} parameters, {cost / 1e9:.3f} GFLOP per token "
+              f"(this model: {sum(counts.values()) / n:.4f} and {flops.training / cost:.3f} times that)")
     device = "cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "cuda"  # not what this machine has: plans are made anywhere
     memory = memory_per_rank(config, world_size, device)
     for part, size in memory.items():

@@ -1,14 +1,16 @@
 """Look at data, and at what SeRpEnt does: `launch/show.py data DATA`, `launch/show.py proposition1`,
-`launch/show.py clock --checkpoint RUN --text FILE --out FOLDER`.
+`launch/show.py clock --checkpoint RUN --text FILE --out FOLDER`, `launch/show.py sizes --config FILE [key=value ...]`.
 
 data: documents, tokens, tokens per byte, lengths of documents and some of them, as text and with --out as a picture.
 proposition1: that an element's trace in the state is linear in its interval (Proposition 1 of arXiv 2501.11729), and, with
 --checkpoint and --text, whether the intervals a model has learned tell how much elements matter.
 clock: a page (clock.html, nothing beside it needed) and a picture (clock.png) of a text with the interval of each token.
+sizes: parameters and FLOPs per token of a configuration's model, and of one of its size for each place compression may sit.
 """
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,9 +19,12 @@ from data_pipeline import summary, verification
 from data_pipeline.index import load_split
 from data_pipeline.places import Cache, is_remote
 from data_pipeline.shards import left_out
+from serpent_scale.config import ModelConfig, load_config
 from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation import clock, plots, proposition
 from serpent_scale.evaluation.loading import Loaded, load_checkpoint, pick_device
+from serpent_scale.model.accounting import flops_per_token, parameter_counts
+from serpent_scale.model.placements import placements
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -44,14 +49,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     third.add_argument("--cache", type=Path, metavar="FOLDER", help="where data from a URL is kept, data.cache of a run")
     third.add_argument("--cache-gib", type=float, default=100.0, help="largest size of the cache (default 100)")
     third.add_argument("--out", type=Path, metavar="PNG", help="draw the lengths")
+    fourth = views.add_parser("sizes", help="parameters and FLOPs per token, by where compression sits")
+    fourth.add_argument("--config", required=True, help="YAML file; configs/ holds the ones shipped")
+    fourth.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.d_model=512")
     return parser.parse_args(argv)
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    if args.view == "data":
-        show_data(args)
+    if args.view in ("data", "sizes"):
+        (show_data if args.view == "data" else show_sizes)(args)
         return
     if (args.checkpoint is None) != (args.text is None):
         raise UserError("--checkpoint and --text go together; give both or neither")
@@ -90,6 +98,28 @@ def show_data(args: argparse.Namespace) -> None:
     if args.out:
         plots.document_lengths(drawn, args.out)
         print(f"\nwrote {args.out}")
+
+
+def show_sizes(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    model, length = config.model, config.data.seq_len
+    models = {"as configured": model, **placements(model)}
+    costs = {name: (sum(parameter_counts(m).values()), flops_per_token(m, length).training) for name, m in models.items()}
+    inner = model.serpent.inner
+    print(f"d_model {model.d_model}, {model.n_layers} layers around {inner}, rows of {length:,} tokens; FLOPs forward and "
+          f"backward, ratios to {inner} alone\n{'':<18}{'parameters':>16}{'ratio':>8}{'MFLOP/token':>14}{'ratio':>8}  layers")
+    for name, (parameters, flops) in costs.items():
+        ratios = parameters / costs[inner][0], flops / costs[inner][1]
+        print(f"{name:<18}{parameters:>16,}{ratios[0]:>8.4f}{flops / 1e6:>14,.1f}{ratios[1]:>8.3f}  {described(models[name])}")
+
+
+def described(model: ModelConfig) -> str:
+    """Its layers and what its SeRpEnt layers are made of."""
+    text = ", ".join(f"{n} {name}" for name, n in Counter(model.layers).items())
+    if "serpent" not in model.pattern:
+        return text
+    settings = {key: getattr(model.serpent, key) for key in ("rates", "shares", "depth")}
+    return f"{text}: {', '.join(f'{key} {value}' for key, value in settings.items() if value not in ([], 1))}"
 
 
 def show_proposition(args: argparse.Namespace) -> None:

@@ -126,15 +126,17 @@ class SerpentConfig:
 
     rates: list[float] = setting([1.0, 0.5, 0.25], "elements kept per token, one branch each")
     inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=MIXERS)
-    d_inner: Optional[int] = setting(None, "inner widths summed over branches; null: parameters as a layer of `inner`", ge=1)
+    shares: list[float] = setting([], "relative widths of the branches, inside and of their outputs; []: all equal")
+    depth: int = setting(1, "layers it stands for: each branch compresses once for a run of this many blocks of `inner`", ge=1)
+    d_inner: Optional[int] = setting(None, "inner widths, summed; null: as many parameters as `depth` layers of `inner`", ge=1)
     spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1, le=64)
     band: float = setting(8.0, "grid steps the clock may run ahead of or behind rate * position", ge=0, le=1024)
     horizon: float = setting(1.0, "grid steps the compression window reaches back", gt=0, le=8)
     n_bases: int = setting(6, "Gaussian bases of the window and of the read-out", ge=2)
     decompress_taps: int = setting(2, "compressed outputs the read-out sees", ge=1)
     clock: str = setting(
-        "learned", "who emits: learned intervals; uniform, all at the rate; stride, blocks of 1 / rate tokens",
-        choices=("learned", "uniform", "stride"),
+        "learned", "who emits: learned intervals; uniform, all at the rate; stride, blocks of 1 / rate tokens; routed, who is "
+        "unlike the token before (H-Net)", choices=("learned", "uniform", "stride", "routed"),
     )
     window: str = setting(
         "integrated", "what an element is: integrated bases; segment_mean of its grid cell; pointwise, figure 2 of the paper",
@@ -143,13 +145,18 @@ class SerpentConfig:
     restore: str = setting(
         "readout", "outputs at full length: readout by bases; hold, each until the next", choices=("readout", "hold")
     )
+    teach: str = setting(
+        "durations", "what teaches a learned clock besides its durations: confidence in what it did; surprise of the token, or "
+        "of the next; worth of emitting there", choices=("durations", "confidence", "surprise", "next_surprise", "worth"),
+    )
+    teach_weight: float = setting(0.03, "weight of the term of the loss that `teach` adds, or of the routed clock's ratio", ge=0)
 
 
 @dataclass
 class ModelConfig:
     vocab_size: int = setting(50257, "the tokenizer's vocabulary; the embedding is padded to a multiple of 64", ge=2)
     d_model: int = setting(768, "width of the residual stream", ge=1)
-    n_layers: int = setting(24, "number of mixer layers", ge=1)
+    n_layers: int = setting(24, "number of mixer layers; a serpent layer counts as serpent.depth of them", ge=1)
     pattern: list[str] = setting(
         ["mamba", "serpent"], f"mixer of each layer, repeated to the depth: {', '.join(MIXERS)}, serpent"
     )
@@ -161,6 +168,20 @@ class ModelConfig:
     s5: S5Config = field(default_factory=S5Config)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     serpent: SerpentConfig = field(default_factory=SerpentConfig)
+
+    @property
+    def layers(self) -> list[str]:
+        """The mixer of each layer, in order: the pattern repeated until there are n_layers, where a serpent layer counts as
+        `serpent.depth`. Raises UserError where the last one is cut."""
+        names, counted, depth = [], 0, self.serpent.depth
+        while counted < self.n_layers:
+            names.append(self.pattern[len(names) % len(self.pattern)])
+            counted += depth if names[-1] == "serpent" else 1
+        if counted > self.n_layers:
+            whole = " or ".join(str(n) for n in (counted - depth, counted) if n)
+            raise UserError(f"model.n_layers={self.n_layers} ends inside a serpent layer of model.serpent.depth={depth} layers; "
+                            f"set model.n_layers to {whole}, or change model.pattern")
+        return names
 
 
 @dataclass
@@ -233,6 +254,7 @@ class EvaluationConfig:
     every: int = setting(1000, "steps between evaluations; 0: only at the end", ge=0)
     split: str = setting("validation", "split of the data folder to evaluate on")
     max_windows: Optional[int] = setting(512, "windows per evaluation; null: the whole split", ge=1)
+    carry_state: bool = setting(False, "hand states on through each document; false: each window from an empty one")
 
 
 @dataclass
@@ -487,10 +509,22 @@ def _check_combinations(config: Config) -> None:
     if model.serpent.d_inner is not None and model.serpent.d_inner < len(rates):
         raise UserError(f"model.serpent.d_inner={model.serpent.d_inner} is not allowed; its {len(rates)} branches "
                         f"(model.serpent.rates) need >= {len(rates)}")
+    shares = model.serpent.shares
+    if shares and (len(shares) != len(rates) or not all(0 < share < math.inf for share in shares)):
+        raise UserError(f"model.serpent.shares={shares} is not allowed; it must be one number > 0 for each of "
+                        f"model.serpent.rates={rates}, or []")  # fmt: skip
+    model.layers  # refused where it ends inside a serpent layer
     for rate in rates if model.serpent.clock == "stride" else ():
         if abs(rate * round(1 / rate) - 1) > 1e-3:
             raise UserError(f"model.serpent.rates={rates}: with model.serpent.clock=stride each rate is 1 / n, {rate} is not; "
                             f"set it to {1 / round(1 / rate):.6g}")  # fmt: skip
+    for key, only in (("window", "integrated"), ("restore", "readout")) if model.serpent.clock == "routed" else ():
+        if getattr(model.serpent, key) != only:
+            raise UserError(f"model.serpent.{key}={getattr(model.serpent, key)} has no meaning with model.serpent.clock=routed, "
+                            f"which has its own; leave it at {only}")  # fmt: skip
+    if model.serpent.teach != "durations" and model.serpent.clock != "learned":
+        raise UserError(f"model.serpent.teach={model.serpent.teach} teaches a learned clock, model.serpent.clock is "
+                        f"{model.serpent.clock}; set model.serpent.clock=learned or model.serpent.teach=durations")  # fmt: skip
     for name in MIXERS:
         mixer, path = getattr(model, name), f"model.{name}"
         if int(mixer.expand * model.d_model) < 1:
@@ -562,8 +596,9 @@ def _check_shards(config: Config) -> None:
     length = min(stage.seq_len for stage in config.samples.stages)
     halos, used = {}, set(model.pattern)
     if "serpent" in used:
-        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout")):
-            value = getattr(model.serpent, key)
+        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout"), ("depth", "1"),
+                             ("teach", "durations")):  # fmt: skip
+            value = str(getattr(model.serpent, key))
             if value not in sharded.split(" or "):
                 raise UserError(f"parallel.sequence={parts}: model.serpent.{key}={value} has no form for shards of a sequence; "
                                 f"set parallel.sequence=1 or model.serpent.{key} to {sharded}")  # fmt: skip

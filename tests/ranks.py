@@ -18,7 +18,10 @@ from serpent_scale.parallel.ports import free_port
 # For the server and all ranks, whatever the machine has. Before anything imports DeepSpeed.
 os.environ["DS_ACCELERATOR"] = "cpu"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch._inductor.compile_fx"])  # the last on first use
+CONTEXT.set_forkserver_preload([
+    "torch", "deepspeed", "serpent_scale.training.trainer",
+    "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer",  # else imported on first use
+])
 
 
 class Group:

@@ -7,7 +7,7 @@ from pathlib import Path
 from serpent_scale.config import Config, parse_config
 
 
-def write_data(folder: Path) -> Path:
+def write_data(folder: Path, shard_tokens: int = 100_000) -> Path:
     from data_pipeline.shards import prepare_split
     from data_pipeline.tokenizer import train_tokenizer
 
@@ -15,7 +15,7 @@ def write_data(folder: Path) -> Path:
     folder.mkdir(parents=True)
     tokenizer = train_tokenizer(iter(lines), 300, folder / "tokenizer.json")
     for split, texts in (("train", lines[:270]), ("validation", lines[270:])):
-        prepare_split(folder / split, iter(texts), tokenizer, request={}, word_rule="whitespace", shard_tokens=100_000)
+        prepare_split(folder / split, iter(texts), tokenizer, request={}, word_rule="whitespace", shard_tokens=shard_tokens)
     return folder
 
 

@@ -4,7 +4,6 @@ import os
 import random
 import resource
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ranks import Group, run_ranks
+from ranks import run_ranks
 from serpent_scale.checkpoint import manifest, store
 from serpent_scale.errors import UserError
 from toy import build, parameters, toy_config, train
@@ -339,46 +338,3 @@ def prune_around_damage(processes, folder: Path) -> None:
 
 def test_pruning_never_removes_the_newest_whole_one(tmp_path):
     run_ranks(1, prune_around_damage, tmp_path)
-
-
-def save_for_ever(processes, folder: Path, digests: Path) -> None:
-    """Train and save until killed; the digest of a step must be the same each time it is reached."""
-    engine, step = build(toy_config(1), 2), 0
-    path, _ = store.newest(folder)
-    if path is not None:
-        step = store.load(engine, path)["step"]
-    while True:
-        train(engine, step, step + 1, processes)
-        step += 1
-        digest = sum(value.double().sum().item() for value in parameters(engine).values())
-        if processes.rank == 0:
-            known = digests / str(step)
-            assert not known.exists() or float(known.read_text() or digest) == digest, f"step {step} came out otherwise"
-            known.write_text(repr(digest))
-        save(engine, folder, step)
-
-
-def test_kills_at_random_moments(tmp_path):
-    folder, digests = tmp_path / "checkpoints", tmp_path / "digests"
-    digests.mkdir()
-    random.seed(0)
-    last = 0
-    for kill in range(8):
-        group = Group(2, save_for_ever, folder, digests)
-        deadline = time.monotonic() + 60
-        while not (folder / store.folder_name(last + 1)).exists():
-            assert time.monotonic() < deadline and any(p.is_alive() for p in group.ranks), "no progress"
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.3))
-        group.kill(rank=None if kill % 2 else random.randrange(2))
-        time.sleep(0.05)
-        group.kill()
-        for process in group.ranks:
-            process.join()
-        found, skipped = store.newest(folder)
-        assert found is not None and not skipped, skipped
-        state = store.read_full_state(found)
-        state.pop("readout.weight")
-        last = int(found.name[5:])
-        digest = sum(value.double().sum().item() for value in state.values())
-        assert digest == pytest.approx(float((digests / str(last)).read_text()), rel=1e-12)

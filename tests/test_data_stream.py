@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_pipeline import order
-from data_pipeline.index import load_index, verify_shard
+from data_pipeline.index import HASH, load_index, verify_shard
 from data_pipeline.shards import prepare_split
 from data_pipeline.stream import TokenStream, documents, token_counts
 from data_pipeline.tokenizer import train_tokenizer
@@ -202,6 +202,7 @@ def forge(folder, shard=None, documents=None, **changes):
     """Make the index agree with altered files, so that only the next check can object."""
     path = folder / "train" / "index.json"
     fields = json.loads(path.read_text()) | changes
+    fields.pop(HASH, None)
     if shard is not None:
         raw = (folder / "train" / fields["shards"][shard]["name"]).read_bytes()
         fields["shards"][shard] |= dict(bytes=len(raw), sha256=sha256(raw).hexdigest())
@@ -328,6 +329,26 @@ def test_a_wrong_index_is_refused(copy):
     path.unlink()
     with pytest.raises(UserError, match="index.json: no such index"):
         load_index(copy / "train")
+
+
+def test_a_flipped_bit_or_lost_byte_of_the_index_is_refused(copy):
+    """Words and bytes of the text, by which evaluation divides, agree with nothing else."""
+    path = copy / "train" / "index.json"
+    raw = path.read_bytes()
+    fields = json.loads(raw)
+    path.write_text(json.dumps(fields | {"words": fields["words"] + 1}, indent=1) + "\n")
+    with pytest.raises(UserError, match=f"index.json: damaged, its {HASH} is not that of what it says"):
+        load_index(copy / "train")
+    for bit in range(0, 8 * len(raw), 61):
+        path.write_bytes(raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :])
+        with pytest.raises(UserError):
+            load_index(copy / "train")
+    path.write_bytes(raw[:-1])
+    with pytest.raises(UserError, match="index.json: damaged"):
+        load_index(copy / "train")
+    del fields[HASH]  # as it was written before
+    path.write_text(json.dumps(fields, indent=1) + "\n")
+    assert load_index(copy / "train").words == fields["words"]
 
 
 def test_a_wrong_tokenizer_is_refused(copy):

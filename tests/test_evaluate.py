@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from data_pipeline.shards import prepare_split
 from data_pipeline.tokenizer import train_tokenizer
 from serpent_scale.checkpoint import store
 from serpent_scale.config import parse_config
+from serpent_scale.evaluation.perplexity import stretches
 from serpent_scale.model.language_model import LanguageModel
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "evaluate.py"
@@ -53,3 +55,11 @@ def test_a_place_gives_what_a_folder_gives(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate(monkeypatch, "--checkpoint", tmp_path / "model", "--data", "memory://evaluated")
     assert end.value.code == 2 and "set data.cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 10], [0, 90], [0, 3, 5, 40, 41, 77]])
+def test_documents_are_dealt_whole_to_rows(starts):
+    for rows in (1, 2, 3, 8):
+        begins, ends = stretches(np.array(starts), 100, rows)
+        assert len(begins) <= rows and set(begins) <= set(starts) and begins[0] == 0 and ends[-1] == 100
+        assert (begins[1:] == ends[:-1]).all() and (begins < ends).all()

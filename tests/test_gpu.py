@@ -12,13 +12,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LENGTHS = (300, 3, 210)
 
 
-INNER = pytest.mark.parametrize("inner", MIXERS)
+INNER = pytest.mark.parametrize("inner", [*MIXERS, "run"])
 
 
 def small(inner):
+    """With SeRpEnt layers around this mixer; run: one that compresses once for three layers of Mamba."""
     torch.manual_seed(0)
+    serpent = SerpentConfig(band=2.0, inner=inner)
+    if inner == "run":
+        inner, serpent = "mamba", SerpentConfig(band=2.0, rates=[1.0, 0.5], depth=3)
     model = LanguageModel(ModelConfig(
-        vocab_size=97, d_model=64, n_layers=4, pattern=[inner, "serpent"], serpent=SerpentConfig(band=2.0, inner=inner),
+        vocab_size=97, d_model=64, n_layers=4, pattern=[inner, "serpent"], serpent=serpent,
         mamba2=Mamba2Config(d_state=16, head_dim=16), attention=AttentionConfig(head_dim=8),
     ))
     for name, parameter in model.named_parameters():
@@ -76,7 +80,7 @@ def test_a_training_pass_never_waits_for_the_device(inner):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("inner", ["mamba", "mamba2", "s5"])
+@pytest.mark.parametrize("inner", ["mamba", "mamba2", "s5", "run"])
 def test_graphs_give_the_losses_and_gradients_of_single_launches_to_the_bit(inner):
     """Two shapes, each more often than it takes to capture it, in turn; then two batches summed."""
     losses, gradients = [], []

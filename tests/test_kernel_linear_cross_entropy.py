@@ -72,6 +72,8 @@ def test_token_losses_equal_the_reference_and_do_not_depend_on_the_chunk(poisone
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     assert not got.requires_grad and not got[labels == -100].any()
     torch.testing.assert_close(triton.linear_token_nll(hidden, weight, labels, 120, 7), got)
+    both = triton.linear_cross_entropy(hidden, weight, labels, 120, per_token=True)
+    assert torch.equal(both[1], got) and torch.equal(both[0], got.sum()) and not both[1].requires_grad
     with torch.no_grad():
         assert relative_error(triton.linear_cross_entropy(hidden, weight, labels, 120), want.sum()) < 1e-6
 

@@ -96,7 +96,10 @@ def test_linear_cross_entropy_equals_torch(chunk):
     for g, w in zip(gradients((got,), (hidden, weight)), gradients((want,), (hidden, weight))):
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
     assert not gradients((got,), (weight,))[0][50:].any()
-    torch.testing.assert_close(linear_token_nll(hidden, weight, labels, 50, chunk).sum(), want)
+    nll = linear_token_nll(hidden, weight, labels, 50, chunk)
+    torch.testing.assert_close(nll.sum(), want)
+    both = linear_cross_entropy(hidden, weight, labels, 50, chunk, per_token=True)
+    assert torch.equal(both[0], got) and torch.equal(both[1], nll) and not both[1].requires_grad
 
 
 @pytest.mark.parametrize("length, band", [(1, 4.0), (37, 0.0), (257, 1.5)])

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from ranks import run_ranks
+from torch.utils._pytree import tree_leaves
+
+from data_pipeline.stream import documents
 from serpent_scale.config import parse_config
 from serpent_scale.errors import UserError
+from serpent_scale.evaluation.perplexity import TokenText, score
 from unique_corpus import write_corpus
 
 VOCABULARY = 1000
@@ -30,15 +34,22 @@ def config(folder, sequence, stage=1, **training):
         "optimizer": {"lr": 0.01}, "schedule": {"warmup_steps": 0},
         "training": {"max_steps": 100, "global_batch": 4, "micro_batch": 1, "precision": "fp32", "zero_stage": stage,
                      "grad_clip": 0.5, **training},
-        "parallel": {"sequence": sequence}, "evaluation": {"split": "train", "max_windows": 5},
+        "parallel": {"sequence": sequence}, "evaluation": {"split": "train", "max_windows": 20},
         "deepspeed": {"zero_optimization": zero},
     })
 
 
 def steps(trainer, n):
-    """[(loss, gradient norm, digest)] of n steps, and the evaluation loss after them."""
-    taken = [trainer.train_step() for _ in range(n)]
-    return [(t["loss"], t["grad_norm"], t["data_digest"]) for t in taken], trainer.evaluate()
+    """[(loss, gradient norm, digest)] of n steps, and the evaluation losses after them, without and with states carried."""
+    taken, evaluated, sizes = [trainer.train_step() for _ in range(n)], [], []
+    size = lambda states: sum(leaf.numel() for leaf in tree_leaves(states))
+    watch = trainer.engine.module.register_forward_hook(lambda module, inputs, outputs: sizes.append(size(outputs[1])))
+    for carry in (False, True):
+        trainer.config.evaluation.carry_state = carry
+        evaluated.append(trainer.evaluate())
+    watch.remove()
+    assert len(sizes) > 20 and len(set(sizes)) == 1, "what is carried does not grow"
+    return [(t["loss"], t["grad_norm"], t["data_digest"]) for t in taken], evaluated
 
 
 def train_stages(processes, folder, sequence):
@@ -57,6 +68,11 @@ def train_stages(processes, folder, sequence):
             resumed = Trainer(settings, processes, "auto")
             resumed.resume()
             found["third", stage], found["resumed", stage] = steps(trainer, 1), steps(resumed, 1)
+            if stage == 0:
+                text = TokenText.join(documents(folder / "data", "train"))
+                text = TokenText(text.tokens[: 20 * 41 + 1], text.starts[text.starts < 20 * 41])
+                scores = [score(trainer.engine.module, text, "carry", *shape) for shape in ((41, None, 1), (300, None, 3))]
+                found["scored"] = [one.nll / one.tokens for one in scores]
             resumed.engine.destroy()
         trainer.engine.destroy()
     return found
@@ -90,6 +106,13 @@ def test_every_stage_trains_as_it_does_with_whole_sequences(trained, stage):
 def test_a_checkpoint_is_the_same_whatever_the_sharing(trained, stage):
     for rank in trained[2, 1]:
         close(rank["resumed", stage], rank["third", stage], 2e-5)
+
+
+def test_carried_states_see_whole_documents_whoever_shares_them(trained):
+    """The loss that `launch/evaluate.py --mode carry` computes, whatever its rows and passes, and not that of windows apart."""
+    for rank in trained[2, 1]:
+        apart, carried = rank["third", 0][1]
+        assert rank["scored"] == pytest.approx([carried] * 2, rel=2e-6) and abs(apart - carried) > 1e-3
 
 
 def combine(processes, folder):

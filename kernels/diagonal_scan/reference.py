@@ -1,8 +1,12 @@
 """The diagonal scan one step at a time (the meaning), and in log2(L) passes over the whole sequence."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from ..phases import Phases
 
 
 def diagonal_scan_reference(x: Tensor, log_decay: Tensor, since_reset: Tensor, initial_state: Tensor | None = None) -> Tensor:
@@ -28,6 +32,51 @@ def diagonal_scan(x: Tensor, log_decay: Tensor, since_reset: Tensor, initial_sta
         carried = (torch.exp(log_decay) * initial_state).masked_fill(since_reset[:, :1] == 0, 0)
         x = torch.cat([(x[:, 0] + carried)[:, None], x[:, 1:]], 1)
     return _Scan.apply(x, log_decay, since_reset)
+
+
+def diagonal_scan_phases(x: Tensor, log_decay: Tensor, since_reset: Tensor, n_live: Tensor | None = None) -> Phases:
+    """`diagonal_scan` of a shard whose initial state is not known yet; the state after is h at the last of the n_live (B,) slots
+    in use, which come first, all if None. The span is their number (B,).
+
+    The one scan is of the shard alone: what the state before it adds at step t is exp((t + 1) log_decay) of it.
+    """
+    h, length = diagonal_scan(x, log_decay, since_reset), x.shape[1]
+    at = torch.arange(length, device=x.device)
+    seen = since_reset > at  # steps that the state before the shard reaches
+    n = torch.full((len(x),), length, device=x.device) if n_live is None else n_live
+    last = (n - 1).clamp(min=0)[:, None]
+
+    def after(h: Tensor, empty: Tensor) -> Tensor:
+        ends = h.gather(1, last[..., None].expand(-1, -1, h.shape[2]))[:, 0]
+        return torch.where((n == 0)[:, None], empty, ends)
+
+    def run(initial: Tensor) -> tuple[Tensor, Tensor]:
+        carried = torch.exp((at + 1)[:, None] * log_decay) * initial[:, None]
+        states = h + carried.masked_fill(~seen[..., None], 0)
+        return states, after(states, initial)
+
+    def gradient(saved: tuple, grad_h: Tensor, grad_after: Tensor | None) -> Tensor:
+        log_decay, seen, span = saved
+        powers = torch.exp((torch.arange(seen.shape[1], device=seen.device) + 1)[:, None] * log_decay)
+        found = (powers.conj() * grad_h.masked_fill(~seen[..., None], 0)).sum(1)
+        return found if grad_after is None else found + decay(log_decay)(span).conj() * grad_after
+
+    with torch.no_grad():
+        state = after(h, torch.zeros_like(h[:, 0]))
+        ended = (n > 0) & ~seen.gather(1, last)[:, 0]
+        span = n.to(h.real.dtype).masked_fill(ended, torch.inf)
+    return Phases(state, span, decay(log_decay.detach()), run, (log_decay, seen, span), gradient)
+
+
+def decay(log_decay: Tensor) -> Callable[[Tensor], Tensor]:
+    """From numbers of steps (...), infinite where a document begins, to what they leave of a state (..., *log_decay.shape)."""
+
+    def of(span: Tensor) -> Tensor:
+        span = span[(...,) + (None,) * log_decay.ndim]
+        ended = span.isinf()  # the exponential of an infinite complex number is not 0 everywhere
+        return torch.exp(span.masked_fill(ended, 0) * log_decay).masked_fill(ended, 0)
+
+    return of
 
 
 class _Scan(torch.autograd.Function):

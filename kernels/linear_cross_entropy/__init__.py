@@ -9,15 +9,15 @@ from . import reference
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None, per_token: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sum over tokens of -log softmax(hidden weight^T)[label], labels equal to -100 left out.
 
     hidden (T, d); weight (V, d) with V >= vocab_size, rows from vocab_size on are padding and get no probability;
     labels (T,) int64; chunk: tokens whose logits exist at a time, None for a size suited to the device.
-    Returns a scalar in float32 or better; differentiable in hidden and weight.
+    Returns a scalar in float32 or better; differentiable in hidden and weight. per_token: (that, `linear_token_nll`).
     """
-    return _form(hidden).linear_cross_entropy(hidden, weight, labels, vocab_size, chunk)
+    return _form(hidden).linear_cross_entropy(hidden, weight, labels, vocab_size, chunk, per_token)
 
 
 def linear_token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None) -> Tensor:

@@ -9,17 +9,20 @@ CHUNK = 2048  # tokens at a time, if the caller does not say
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None, per_token: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sum over tokens of -log softmax(hidden weight^T)[label], labels equal to -100 left out.
 
     hidden (T, d); weight (V, d) with V >= vocab_size, rows from vocab_size on are padding and get no probability;
     labels (T,) int64. The product runs in the autocast dtype where autocast is on, the softmax in float32 or better.
-    Returns a scalar in that better dtype; differentiable in hidden and weight.
+    Returns a scalar in that better dtype; differentiable in hidden and weight. per_token: (that, `linear_token_nll`).
     """
     if not torch.is_grad_enabled():
-        return linear_token_nll(hidden, weight, labels, vocab_size, chunk).sum()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk or CHUNK, matmul_dtype(hidden))
+        nll = linear_token_nll(hidden, weight, labels, vocab_size, chunk)
+        total = nll.sum()
+    else:
+        total, nll = _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk or CHUNK, matmul_dtype(hidden))
+    return (total, nll) if per_token else total
 
 
 @torch.no_grad()
@@ -58,12 +61,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
         total = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        per_token = total.new_empty(len(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
             for lo in range(0, len(hidden), chunk):
                 part = slice(lo, lo + chunk)
                 h, label = hidden[part].to(dtype), labels[part]
                 nll, logits, normaliser = _chunk_nll(h, w, label, vocab_size)
                 total += nll.sum()
+                per_token[part] = nll
                 if not (want_hidden or want_weight):
                     continue
                 grad = logits.sub_(normaliser).exp_()  # softmax, then dLoss/dlogits
@@ -74,10 +79,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if want_weight:
                     grad_weight += grad.t() @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        ctx.mark_non_differentiable(per_token)
+        return total, per_token
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = (None if g is None else g * grad.to(g.dtype) for g in (grad_hidden, grad_weight))
         return *scaled, None, None, None, None

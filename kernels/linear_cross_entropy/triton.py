@@ -15,16 +15,19 @@ LOG2E = 1.4426950408889634
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, chunk: int | None = None, per_token: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """As `reference.linear_cross_entropy`, for CUDA tensors of float32, bfloat16 or float16; the loss is float32.
 
     The gradients formed in the forward pass are scaled in place by the backward pass, which can therefore run only once.
     """
     dtype = matmul_dtype(hidden)
     if not torch.is_grad_enabled():
-        return forward(hidden, weight, labels, vocab_size, chunk, dtype)[0].sum()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, dtype)
+        nll = forward(hidden, weight, labels, vocab_size, chunk, dtype)[0]
+        total = nll.sum()
+    else:
+        total, nll = _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, dtype)
+    return (total, nll) if per_token else total
 
 
 @torch.no_grad()
@@ -38,11 +41,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, vocab_size, chunk, dtype):
         nll, *ctx.formed = forward(hidden, weight, labels, vocab_size, chunk, dtype, *ctx.needs_input_grad[:2])
         ctx.dtypes = hidden.dtype, weight.dtype
-        return nll.sum()
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         if ctx.formed is None:
             raise RuntimeError("linear_cross_entropy: the backward pass scales its gradients in place and can run only once")
         formed, ctx.formed = ctx.formed, None  # no reference left behind: autograd can take the tensors over without a copy

@@ -69,8 +69,9 @@ def clocks(model: LanguageModel, tokens: Tensor) -> list[BranchClock]:
             hooks += [listen(layer, branch) for branch in block.mixer.branches if isinstance(branch, Branch)]
     if not hooks:
         pattern, rates = ", ".join(model.config.pattern), model.config.serpent.rates
-        raise UserError(f"model.pattern=[{pattern}] with model.serpent.rates={rates} has no clock; "
-                        "show a checkpoint with a SeRpEnt branch below rate 1")
+        serpent = f"model.serpent.rates={rates}, model.serpent.clock={model.config.serpent.clock}"
+        raise UserError(f"model.pattern=[{pattern}] with {serpent} has no clock to show; "
+                        "name a checkpoint with a SeRpEnt branch below rate 1 that is not routed")  # fmt: skip
     try:
         model(tokens[None])
     finally:

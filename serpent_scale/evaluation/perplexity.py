@@ -100,17 +100,23 @@ def _windows(text: TokenText, seq_len: int, stride: int, rows: int) -> Iterator[
 
 def _carried(text: TokenText, seq_len: int, rows: int) -> Iterator[tuple]:
     """Documents dealt to rows in contiguous groups of near-equal length; each row is read in passes of seq_len tokens."""
-    labels, n = text.labels(), len(text.tokens)
-    rows = min(rows, len(text.starts))
-    targets = np.arange(rows) * n // rows
-    begins = np.unique(text.starts[np.searchsorted(text.starts, targets)])
-    ends = np.append(begins[1:], n)
+    labels = text.labels()
+    begins, ends = stretches(text.starts, len(text.tokens), rows)
     for offset in range(0, int((ends - begins).max()), seq_len):
         cut = []
         for begin, end in zip(begins, ends):
             lo, hi = min(begin + offset, end), min(begin + offset + seq_len, end)
             cut.append((lo, hi, labels[lo:hi]))
         yield _batch(text, cut, max(hi - lo for lo, hi, _ in cut))
+
+
+def stretches(starts: np.ndarray, n: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deal documents that begin at `starts` in n tokens to at most `rows` rows, consecutive ones to each, about as many tokens:
+    where rows begin and end."""
+    targets = np.arange(rows) * n // rows
+    begins = np.unique(np.append(starts, n)[np.searchsorted(starts, targets)])
+    begins = begins[begins < n]
+    return begins, np.append(begins[1:], n)
 
 
 def _batch(text: TokenText, cut: list[tuple[int, int, np.ndarray]], length: int):

@@ -10,7 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from serpent_scale.config import Config, ModelConfig
 from serpent_scale.model import mixers
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.language_model import Block, layer_names, padded_vocab, recomputed_together
+from serpent_scale.model.language_model import padded_vocab, recomputed_together
+from serpent_scale.model.stack import Block
 
 GIB = 2**30
 
@@ -20,9 +21,9 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     counts = {"embedding": padded_vocab(config.vocab_size) * config.d_model}
     if not config.tie_embeddings:
         counts["read-out"] = counts["embedding"]
-    for name in layer_names(config):
+    for name in config.layers:
         counts[f"{name} layers"] = counts.get(f"{name} layers", 0) + mixers.parameter_count(name, config)
-    counts["norms"] = (config.n_layers + 1) * config.d_model
+    counts["norms"] = (len(config.layers) + 1) * config.d_model
     return counts
 
 
@@ -42,7 +43,7 @@ def flops_per_token(config: ModelConfig, length: int) -> Flops:
     """In rows of `length` tokens, each one document: attention costs by it. SeRpEnt branches counted at their target rates. Norms
     and activations are left out."""
     matmul, other = 2.0 * config.d_model * padded_vocab(config.vocab_size), 0.0
-    for name in layer_names(config):
+    for name in config.layers:
         m, o = mixers.flops(name, config, length)
         matmul, other = matmul + m, other + o
     return Flops(matmul, other)
@@ -63,8 +64,11 @@ def memory_per_rank(config: Config, world_size: int, device: str) -> dict[str, f
 
 def _activation_bytes(config: Config, device: str) -> float:
     model, rows, length = config.model, config.training.micro_batch, config.shard_len
-    names, on_cpu = layer_names(model), device == "cpu"
+    names, on_cpu = model.layers, device == "cpu"
     kept = {name: (_saved_bytes if on_cpu else _kernels_bytes)(name, config) for name in set(names)}
+    earlier, itemsize = (config.parallel.sequence - 1) * length, 2 if config.training.precision == "bf16" else 4
+    for name in kept:  # of the last shard, which has most before it
+        kept[name] += rows * earlier * mixers.kept_of_earlier(name, model, itemsize)
     stream = 4 * rows * length * model.d_model
     if config.training.activation_checkpointing:
         size = recomputed_together(len(names))
@@ -89,7 +93,7 @@ def _kernels_bytes(name: str, config: Config) -> float:
 
 def _saved_bytes(name: str, config: Config) -> float:
     """Bytes one block keeps for its backward pass on a CPU, counted on at most 512 tokens a row and scaled up."""
-    rows, length = config.training.micro_batch, min(config.shard_len, 512)
+    model, rows, length = config.model, config.training.micro_batch, min(config.shard_len, 512)
     seen: dict[int, torch.Tensor] = {}
 
     def keep(tensor):
@@ -98,8 +102,8 @@ def _saved_bytes(name: str, config: Config) -> float:
         return tensor
 
     with FakeTensorMode():
-        block = Block(name, config.model)
-        h = torch.empty(rows, length, config.model.d_model, requires_grad=True)
+        block = Block(mixers.build_mixer(name, model), model.d_model, model.norm_eps)
+        h = torch.empty(rows, length, model.d_model, requires_grad=True)
         documents = Documents.whole(rows, length)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")
         with autocast, saved_tensors_hooks(keep, lambda t: t):

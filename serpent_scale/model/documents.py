@@ -22,6 +22,7 @@ class Documents:
     since_reset (B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch.
     n_live (B,) int64: slots in use per row, None if all are. These two follow from the others, for whom does not know them yet.
     pieces: at most so many pieces of documents in a row, on the host; None: not known there, `lengths` not being given.
+    lessons: where branches of a layer leave what the loss is to teach them (model/teaching.py); None: nobody reads it.
     shard: what is to be known where the rows are pieces of longer ones whose other pieces are elsewhere, None if they are not.
     """
 
@@ -32,6 +33,7 @@ class Documents:
     n_live: Tensor | None = None
     pieces: int | None = None
     shard: Shard | None = None
+    lessons: list | None = None
 
     def __post_init__(self):
         if self.pieces is None and self.lengths:
@@ -50,6 +52,12 @@ class Documents:
     def to(self, device) -> Documents:
         live = None if self.live is None else self.live.to(device, non_blocking=True)
         return Documents(self.reset.to(device, non_blocking=True), self.lengths, live, pieces=self.pieces)
+
+    @property
+    def in_use(self) -> Tensor:
+        """(B,) int64 slots in use per row."""
+        batch, length = self.reset.shape
+        return torch.full((batch,), length, device=self.reset.device) if self.n_live is None else self.n_live
 
     def most_pieces(self) -> int:
         """`pieces`; the device is asked where they are not known."""
@@ -78,13 +86,16 @@ class Documents:
 class Shard:
     """Where a piece of longer rows comes from, for a model that works on it together with whoever holds the rest.
 
-    whole: the documents of the rows; begin: the rows' token that is the piece's first.
+    whole: the documents of the rows; begin: the rows' token that is the piece's first; number: the piece's among all.
+    sizes(): slots in which each of the pieces holds what is its own, of tokens or of the elements of a branch.
     mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.begin_all`.
     emitted(n (B,) int64): told how many elements each branch of a SeRpEnt layer emitted at this piece's tokens.
     """
 
     whole: Documents
     begin: int
+    number: int
+    sizes: Callable[[], tuple[int, ...]]
     mix: Callable
     emitted: Callable[[Tensor], None]
 

@@ -1,22 +1,20 @@
 """The language model: embedding, pre-norm residual blocks, final norm, read-out. Legend: B rows, L tokens, V vocabulary."""
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from serpent_scale.config import ModelConfig
 from serpent_scale.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_nll
-from serpent_scale.kernels.rms_norm import rms_norm
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mixer import Mixer
 from serpent_scale.model.mixers import build_mixer
 from serpent_scale.model.serpent import Branch
-
-
-def layer_names(config: ModelConfig) -> list[str]:
-    """The mixer of each layer: the pattern repeated to the depth."""
-    return [config.pattern[i % len(config.pattern)] for i in range(config.n_layers)]
+from serpent_scale.model.stack import Block, RMSNorm
+from serpent_scale.model.teaching import add_lessons
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -29,42 +27,6 @@ def recomputed_together(n_layers: int) -> int:
     return max(1, round((n_layers / 4) ** 0.5))
 
 
-class RMSNorm(nn.Module):
-    """Adds y to the residual stream h (float32 or better) and normalises the sum, in the autocast dtype where that is on.
-
-    Returns (normalised, sum). y None: there is nothing to add yet.
-    """
-
-    def __init__(self, d_model: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d_model)), eps
-
-    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if y is None:
-            return rms_norm(h, self.weight, self.eps, out_dtype=dtype)
-        return rms_norm(y, self.weight, self.eps, h, dtype)
-
-
-class Block(nn.Module):
-    """(h, y) -> (h + y, mixer(norm(h + y))): what a mixer adds to the residual stream h is added by the norm after it, so that
-    one kernel does both. y in the mixer's dtype, None before the first block."""
-
-    def __init__(self, name: str, config: ModelConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = build_mixer(name, config)
-
-    def forward(self, h: Tensor, y: Tensor | None, documents: Documents, state=None):
-        x, h = self.norm(h, y)
-        if documents.shard is None:
-            y, state = self.mixer(x, documents, state)
-        else:
-            y, state = documents.shard.mix(self.mixer, x, documents, state)
-        return h, y, state
-
-
 class Readout(nn.Module):
     """Final norm and the read-out over the vocabulary, tied unless the configuration says not; rows past vocab_size are padding
     and get no probability."""
@@ -74,13 +36,16 @@ class Readout(nn.Module):
         self.weight, self.vocab_size = weight, config.vocab_size
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, h: Tensor, y: Tensor, labels: Tensor | None = None, per_token: bool = False) -> Tensor:
+    def forward(
+        self, h: Tensor, y: Tensor, labels: Tensor | None = None, per_token: bool = False, with_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `LanguageModel.forward`. with_tokens: (the summed cross-entropy, that of each token without gradients)."""
         h, _ = self.norm(h, y)
         if labels is None:
             return (h @ self.weight.t())[..., : self.vocab_size]
         if per_token:
             return linear_token_nll(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size).view(labels.shape)
-        return linear_cross_entropy(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size)
+        return linear_cross_entropy(h.flatten(0, -2), self.weight, labels.flatten(), self.vocab_size, per_token=with_tokens)
 
 
 class LanguageModel(nn.Module):
@@ -89,14 +54,20 @@ class LanguageModel(nn.Module):
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self.embedding = nn.Embedding(padded_vocab(config.vocab_size), config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(name, config) for name in layer_names(config))
+        mixers = [build_mixer(name, config) for name in config.layers]
+        self.blocks = nn.ModuleList(Block(mixer, config.d_model, config.norm_eps) for mixer in mixers)
         for block in self.blocks:  # the residual stream's variance does not grow with depth (GPT-2, section 2.3)
-            if isinstance(block.mixer.out_proj, nn.Linear):
-                block.mixer.out_proj.weight.data.div_(config.n_layers**0.5)
+            for projection in block.mixer.out_projs:
+                projection.weight.data.div_(config.n_layers**0.5)
         weight = self.embedding.weight
         if not config.tie_embeddings:
             weight = nn.Parameter(torch.empty_like(weight).normal_(std=0.02))
         self.readout = Readout(weight, config)
+
+    @property
+    def has_lessons(self) -> bool:
+        """Whether something besides the loss teaches SeRpEnt's clocks."""
+        return self.config.serpent.clock == "routed" or self.config.serpent.teach != "durations"
 
     @property
     def fixed_shapes(self) -> bool:
@@ -115,10 +86,14 @@ class LanguageModel(nn.Module):
         """tokens (B, L) int64. Returns (what was asked for, state of every block after the last token).
 
         Without labels: logits (B, L, vocab_size), or (B, 1, vocab_size) if last_only. With labels (B, L) int64, -100 where
-        none: the summed cross-entropy, or with per_token the cross-entropy (B, L) without gradients.
+        none: the summed cross-entropy, or with per_token the cross-entropy (B, L) without gradients. What teaches SeRpEnt's
+        clocks besides adds to the gradients of the sum, not to its value.
         """
         if documents is None:
             documents = Documents.whole(*tokens.shape, device=tokens.device)
+        lessons = [] if self.has_lessons and labels is not None and not per_token and torch.is_grad_enabled() else None
+        if lessons is not None:
+            documents = dataclasses.replace(documents, lessons=lessons)
         h = self.embedding(tokens).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
         y, after = None, []
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
@@ -133,7 +108,10 @@ class LanguageModel(nn.Module):
             after += ended
         if last_only:
             h, y = h[:, -1:], y[:, -1:]
-        return self.readout(h, y, labels, per_token), after
+        if not lessons:
+            return self.readout(h, y, labels, per_token), after
+        loss, nll = self.readout(h, y, labels, with_tokens=True)
+        return add_lessons(loss, nll, labels, documents.reset, lessons, self.config.serpent.teach_weight), after
 
     def _run(self, blocks: range, h: Tensor, y: Tensor | None, documents: Documents, states: list) -> tuple:
         after = []

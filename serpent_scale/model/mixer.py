@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +13,27 @@ from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
 
 
-class Begun(NamedTuple):
-    """A mixer at work on a shard: its scan in phases, and what is left to do after it.
+class Told(NamedTuple):
+    """What all later shards are told, where no state sums up what is before them (attention).
 
-    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
-    what phases.run returned. meanwhile(): work that need not wait for the state before the shard.
+    rows (B, sizes[of this shard], w) and facts (..., B) int64, without gradients; sizes: of all shards.
+    run(rows of the earlier shards (B, sum of their sizes, w), their facts (how many, ..., B)) -> (y, state after).
     """
 
-    phases: Phases
+    rows: Tensor
+    facts: Tensor
+    sizes: tuple[int, ...]
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+
+
+class Begun(NamedTuple):
+    """A mixer at work on a shard: its scan in phases, or what it tells later shards, and what is left to do then.
+
+    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
+    what phases.run returned. meanwhile(): work that need not wait for the state before the shard. The last two: of scans alone.
+    """
+
+    phases: Phases | Told
     initial: Tensor | None
     finish: Callable[..., tuple[Tensor, Any]]
     meanwhile: Callable[[], None] = lambda: None
@@ -44,6 +58,11 @@ class Mixer(nn.Module):
         mean nothing.
         """
         raise NotImplementedError
+
+    @property
+    def out_projs(self) -> list[nn.Linear]:
+        """The linear maps whose outputs it adds to the residual stream."""
+        return [self.out_proj]
 
     # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in three parts,
     # between which the shards' holders exchange what each needs of the others.
@@ -92,6 +111,33 @@ class Mixer(nn.Module):
     def kept_bytes(d_inner: int, config: Any, itemsize: int) -> float:
         """What a GPU keeps of one token for the backward pass, the input left out."""
         raise NotImplementedError
+
+    @staticmethod
+    def kept_of_earlier(d_inner: int, config: Any, itemsize: int) -> float:
+        """What a shard keeps of each token before it: nothing where a state sums them up."""
+        return 0.0
+
+
+def to_front(x: Tensor, documents: Documents) -> tuple[Tensor, Documents, Callable[[Tensor], Tensor]]:
+    """x (B, L, d) and its documents with the slots in use first in each row, where a shard of compressed rows has others before
+    them; and what moves outputs (B, L, ...) back. For mixers whose reach is 0: they read nothing of those others."""
+    if documents.live is None:
+        return x, documents, lambda y: y
+    at = torch.arange(x.shape[1], device=x.device)
+    n_live = documents.live.sum(1)
+    first = (documents.n_live - n_live)[:, None]
+    forth, back = (at + first).clamp(max=x.shape[1] - 1), (at - first).clamp(min=0)
+    live = at < n_live[:, None]
+    moved = replace(
+        documents, reset=documents.reset.gather(1, forth) & live, live=live, n_live=n_live,
+        since_reset=documents.since_reset.gather(1, forth),
+    )
+    return at_slots(x, forth), moved, lambda y: at_slots(y, back)
+
+
+def at_slots(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, S, d), index (B, J) int64 -> x[b, index[b, j]] (B, J, d)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def halo(given: Tensor | None, rows: Tensor, size: int) -> Tensor:

@@ -6,6 +6,7 @@ K chunks of a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serpent_scale.config import S4DConfig
-from serpent_scale.kernels.diagonal_scan import diagonal_scan
+from serpent_scale.kernels.diagonal_scan import decay, diagonal_scan
+from serpent_scale.kernels.linear_later import linear_later
+from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.mixer import Begun, Mixer, to_front
 
 CHUNK = 64
 
@@ -60,8 +63,25 @@ class S4D(Mixer):
                 y, after = _step(v, log_decay, read, documents, state)
             else:
                 y, after = convolve(v, log_decay, read, documents, state, self.fft)
-            y = (y + self.D.to(compute) * v).to(z.dtype)
-        return self.out_proj(y * F.silu(z)), after
+        return self._finish(y, v, z), after
+
+    def _finish(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            y = (y + self.D.to(y.dtype) * v).to(z.dtype)
+        return self.out_proj(y * F.silu(z))
+
+    @property
+    def reach(self) -> int:
+        return 0
+
+    def begin(self, x: Tensor, before: Tensor, documents: Documents, state: Tensor | None = None) -> Begun:
+        x, documents, back = to_front(x, documents)
+        projected, gate = linear_later(x, self.in_proj.weight, slice(0, len(self.D)))
+        u, z = projected.chunk(2, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            v = u.to(torch.promote_types(u.dtype, torch.float32))
+            phases = convolution_phases(v, *self._system(v.dtype), documents, self.fft)
+        return Begun(phases, state, lambda y, after: (back(self._finish(y, v, z)), after), gate)
 
     def _system(self, compute: torch.dtype) -> tuple[Tensor, Tensor]:
         """(dt A, what reads y from the sum of decayed inputs), both (D, N/2) complex."""
@@ -133,6 +153,45 @@ def convolve(
 
     u (B, L, D) real; log_decay, read (D, N/2) complex; state (B, D, N/2), zeros if None.
     """
+    return _begin(u, log_decay, read, documents, fft)[1](state)
+
+
+def convolution_phases(u: Tensor, log_decay: Tensor, read: Tensor, documents: Documents, fft: bool) -> Phases:
+    """`convolve` of a shard whose initial state is not known yet. The span is its number of steps (B,)."""
+    state, finish = _begin(u, log_decay, read, documents, fft)
+    span, seen = _span(documents, u.dtype), documents.reset.cumsum(1) == 0
+
+    def run(initial: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(u.device.type, enabled=False):
+            return finish(initial)
+
+    return Phases(state.detach(), span, decay(log_decay.detach()), run, (log_decay, read, seen, span), _state_gradient)
+
+
+@torch.no_grad()
+def _state_gradient(saved: tuple, grad_y: Tensor, grad_after: Tensor | None) -> Tensor:
+    """Of the initial state (B, D, N/2). It reaches the tokens before the first document that begins."""
+    log_decay, read, seen, span = saved
+    size, pairs = min(CHUNK, seen.shape[1]), log_decay.shape[1]
+    count = -(-seen.shape[1] // size)
+    grad = _pad(grad_y.masked_fill(~seen[..., None], 0), None, count * size).unflatten(1, (count, size))
+    powers = torch.exp(log_decay[..., None] * torch.arange(1, size + 1, device=seen.device))
+    read_out = _parts(read[..., None] * powers, conjugate=True)  # (D, N, T)
+    grad = torch.einsum("bktd,dnt->bkdn", grad, read_out)
+    steps = size * torch.arange(count, device=seen.device, dtype=span.dtype)
+    found = (decay(log_decay)(steps).conj() * torch.complex(*grad.split(pairs, -1))).sum(1)
+    return found if grad_after is None else found + decay(log_decay)(span).conj() * grad_after
+
+
+def _span(documents: Documents, dtype: torch.dtype) -> Tensor:
+    """(B,) slots in use, infinite where a document begins among them."""
+    return documents.in_use.to(dtype).masked_fill(documents.reset.any(1), torch.inf)
+
+
+def _begin(
+    u: Tensor, log_decay: Tensor, read: Tensor, documents: Documents, fft: bool
+) -> tuple[Tensor, Callable[[Tensor | None], tuple[Tensor, Tensor]]]:
+    """What `convolve` leaves of a state of 0, and what makes its result from the state there is."""
     batch, length, d = u.shape
     size, pairs = min(CHUNK, length), log_decay.shape[1]
     layout = _Layout.of(documents, size)
@@ -149,33 +208,38 @@ def convolve(
     local = torch.complex(*local.chunk(2, -1)).transpose(0, 1)  # (B K + B, D, N/2)
 
     ends = local[: batch * count].reshape(batch, count, d * pairs)
-    before = None if state is None else state.flatten(1)
-    since = Documents(layout.starts).since_reset
-    h = diagonal_scan(ends, size * log_decay.flatten(), since, before)
-    first = torch.zeros_like(h[:, :1]) if before is None else before[:, None]
-    begins = torch.cat([first, h[:, :-1]], 1).masked_fill(layout.starts[..., None], 0)  # state before each chunk
+    h = diagonal_scan(ends, size * log_decay.flatten(), Documents(layout.starts).since_reset)
+    # States before each chunk, of a state before the row of 0.
+    begins = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1).masked_fill(layout.starts[..., None], 0)
     if ends_whole:
-        after = h[:, -1].unflatten(1, (d, pairs))
+        left = h[:, -1].unflatten(1, (d, pairs))
     else:
         begin = begins.gather(1, last_chunk[:, None, None].expand(-1, 1, d * pairs))[:, 0].unflatten(1, (d, pairs))
-        after = torch.exp(log_decay * (offset + 1)[:, None, None]) * begin + local[batch * count :]
+        left = torch.exp(log_decay * (offset + 1)[:, None, None]) * begin + local[batch * count :]
 
-    if by_fft:
-        within = _fft_convolution(u, log_decay, read, powers[..., :size], count)
-        if before is None:
-            return within, after
-        carried = torch.exp(size * log_decay.flatten() * torch.arange(count, device=u.device)[:, None]) * first
-        begins = carried.masked_fill(documents.reset[:, :1, None], 0)
-    read_out = _parts(read[..., None] * powers[..., 1:], conjugate=True)  # (D, N, T)
-    states = _parts(begins.unflatten(-1, (d, pairs)).flatten(0, 1).permute(1, 2, 0))  # (D, N, B K)
-    y = read_out.transpose(1, 2) @ states  # (D, T, B K)
-    if not by_fft:
-        kernel = torch.cat([read.real[..., None], read_out[:, :pairs, :-1]], 2).sum(1)  # Re(read exp(t log_decay)), summed
-        y = y + _toeplitz(kernel) @ columns
-    y = y.unflatten(2, (batch, count)).permute(2, 3, 1, 0).flatten(1, 2)  # (B, K T, D)
-    if by_fft:
-        return within + y[:, :length], after
-    return (y[:, :length] if layout.slots is None else y.gather(1, layout.slots[..., None].expand(-1, -1, d))), after
+    def finish(state: Tensor | None) -> tuple[Tensor, Tensor]:
+        within, before, after = None, begins, left
+        if by_fft:
+            within, before = _fft_convolution(u, log_decay, read, powers[..., :size], count), 0
+            if state is None:
+                return within, after
+        if state is not None:
+            powers_of_chunks = torch.exp(size * log_decay.flatten() * torch.arange(count, device=u.device)[:, None])
+            carried = powers_of_chunks * state.flatten(1)[:, None]
+            before = before + carried.masked_fill(layout.starts.cumsum(1)[..., None] > 0, 0)
+            after = after + decay(log_decay)(_span(documents, u.dtype)) * state
+        read_out = _parts(read[..., None] * powers[..., 1:], conjugate=True)  # (D, N, T)
+        states = _parts(before.unflatten(-1, (d, pairs)).flatten(0, 1).permute(1, 2, 0))  # (D, N, B K)
+        y = read_out.transpose(1, 2) @ states  # (D, T, B K)
+        if not by_fft:
+            kernel = torch.cat([read.real[..., None], read_out[:, :pairs, :-1]], 2).sum(1)  # Re(read exp(t log_decay)), summed
+            y = y + _toeplitz(kernel) @ columns
+        y = y.unflatten(2, (batch, count)).permute(2, 3, 1, 0).flatten(1, 2)  # (B, K T, D)
+        if by_fft:
+            return within + y[:, :length], after
+        return (y[:, :length] if layout.slots is None else y.gather(1, layout.slots[..., None].expand(-1, -1, d))), after
+
+    return left, finish
 
 
 def _pad(u: Tensor, slots: Tensor | None, total: int) -> Tensor:
@@ -187,8 +251,7 @@ def _pad(u: Tensor, slots: Tensor | None, total: int) -> Tensor:
 
 def _tail(u: Tensor, documents: Documents, slots: Tensor | None, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row's last token in use: (its chunk up to it, moved to the chunk's end (B, T, D), its place in it, the chunk)."""
-    length = u.shape[1]
-    n_live = torch.full((len(u),), length, device=u.device) if documents.n_live is None else documents.n_live
+    n_live = documents.in_use
     slot = n_live - 1
     if slots is not None:
         slot = torch.where(n_live > 0, slots.gather(1, slot.clamp(min=0)[:, None])[:, 0], -1)

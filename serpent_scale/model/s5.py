@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serpent_scale.config import S5Config
-from serpent_scale.kernels.diagonal_scan import diagonal_scan
+from serpent_scale.kernels.diagonal_scan import diagonal_scan, diagonal_scan_phases
+from serpent_scale.kernels.linear_later import linear_later
 from serpent_scale.model.documents import Documents
-from serpent_scale.model.mixer import Mixer
+from serpent_scale.model.mixer import Begun, Mixer, to_front
 
 
 class S5(Mixer):
@@ -47,17 +48,32 @@ class S5(Mixer):
 
     def forward(self, x: Tensor, documents: Documents, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, z = self.in_proj(x).chunk(2, -1)
+        h = diagonal_scan(*self._held(u), documents.since_reset, state)
+        return self._read(h, u, z), last_live(h, documents, state)
+
+    def _held(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The scan's inputs (B, L, N/2), and dt A (N/2,)."""
         inputs = self.B(u)
         compute = torch.promote_types(inputs.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(u.device.type, enabled=False):
             rate = torch.complex(-torch.exp(self.A_log), self.A_imag).to(torch.promote_types(compute, torch.complex64))
             log_decay = rate * torch.exp(self.dt_log).to(compute)
-            held = torch.complex(*inputs.to(compute).chunk(2, -1)) * (torch.expm1(log_decay) / rate)
-            h = diagonal_scan(held, log_decay, documents.since_reset, state)
-            after = last_live(h, documents, state)
-            parts = torch.cat([h.real, -h.imag], -1).to(u.dtype)
-        y = 2 * self.C(parts) + self.D * u
-        return self.out_proj(y.to(z.dtype) * F.silu(z)), after
+            return torch.complex(*inputs.to(compute).chunk(2, -1)) * (torch.expm1(log_decay) / rate), log_decay
+
+    def _read(self, h: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        y = 2 * self.C(torch.cat([h.real, -h.imag], -1).to(u.dtype)) + self.D * u
+        return self.out_proj(y.to(z.dtype) * F.silu(z))
+
+    @property
+    def reach(self) -> int:
+        return 0
+
+    def begin(self, x: Tensor, before: Tensor, documents: Documents, state: Tensor | None = None) -> Begun:
+        x, documents, back = to_front(x, documents)
+        projected, gate = linear_later(x, self.in_proj.weight, slice(0, self.B.in_features))
+        u, z = projected.chunk(2, -1)
+        phases = diagonal_scan_phases(*self._held(u), documents.since_reset, documents.n_live)
+        return Begun(phases, state, lambda h, after: (back(self._read(h, u, z)), after), gate)
 
     @staticmethod
     def parameter_count(d_in: int, d_inner: int, d_out: int, config: S5Config) -> int:

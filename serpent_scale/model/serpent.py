@@ -6,6 +6,9 @@ Legend: B batch, L tokens, Q read-out taps, M Gaussian bases.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +17,12 @@ from torch import Tensor, nn
 
 from serpent_scale.config import SerpentConfig
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, decompress
-from serpent_scale.model.documents import FAR, Documents
-from serpent_scale.model.mixer import Begun, Mixer
-from serpent_scale.model.states import join_rows, take_rows
+from serpent_scale.model.documents import FAR, Documents, Shard
+from serpent_scale.model.mixer import Begun, Mixer, at_slots
+from serpent_scale.model.routing import RoutedBranch, width
+from serpent_scale.model.stack import Stack
+from serpent_scale.model.states import step_live
+from serpent_scale.model.teaching import teach
 
 
 POINTWISE_TAPS = 3  # K of the paper's figure 2
@@ -47,6 +53,7 @@ class Branch(nn.Module):
             start = (rate - low) / (self.sampling.high - low)
             self.clock_weight = nn.Parameter(torch.zeros(d))
             self.clock_bias = nn.Parameter(torch.tensor([math.log(start / (1 - start))]))
+        self.teach = config.teach
         for parameter in self.parameters(recurse=False):
             parameter._no_weight_decay = True
 
@@ -69,25 +76,17 @@ class Branch(nn.Module):
             clock.reset, live=clock.live, since_reset=clock.since_reset, n_live=clock.n_live, pieces=documents.pieces
         )
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            y, inner = self._step(x, elements, inner)
+            y, inner = step_live(self.inner, self.d_out, x, elements, inner)
         else:
             y, inner = self.inner(x, elements, inner)
         z, outputs = decompress(y, self.readout_basis, clock, self.sampling, outputs)
+        if documents.lessons is not None and self.teach != "durations":
+            z = teach(self.teach, z, y, u, self.clock_weight, self.clock_bias, clock, self.sampling, documents)
         return z, BranchState(window, inner, outputs)
 
-    def _step(self, x: Tensor, elements: Documents, state: Any) -> tuple[Tensor, Any]:
-        """One slot a row: the inner mixer runs on the rows that emit, and not at all where none does."""
-        emits = elements.live[:, 0]
-        rows, silent = emits.nonzero()[:, 0], (~emits).nonzero()[:, 0]
-        if not len(silent):
-            return self.inner(x, elements, state)
-        y = x.new_zeros(len(x), 1, self.d_out)
-        if not len(rows):
-            return y, state
-        documents = Documents(elements.reset[rows], since_reset=elements.since_reset[rows], pieces=1)
-        found, after = self.inner(x[rows], documents, take_rows(state, rows))
-        order = torch.cat([silent, rows]).argsort()
-        return y.to(found.dtype).index_copy(0, rows, found), take_rows(join_rows([take_rows(state, silent), after]), order)
+    @property
+    def out_projs(self) -> list[nn.Linear]:
+        return self.inner.out_projs
 
     @property
     def lead(self) -> int:
@@ -120,7 +119,8 @@ class Branch(nn.Module):
         start, end, taps = documents.shard.begin - before, u.shape[1], self.sampling.readout_taps
         if start > 0:
             window = self._carry(u, outlines, documents.shard.whole, start, window)
-        n_tail = self.slots(around.part(max(0, end - self.lead), end))
+        at_end = around.part(max(0, end - self.lead), end)
+        n_tail = self.slots(at_end)
         slots = self.slots(around) + n_tail
         x, clock, window = compress(
             u, self.window_basis, self.clock_weight, self.clock_bias, around.reset, self.sampling, slots, window
@@ -129,23 +129,32 @@ class Branch(nn.Module):
         documents.shard.emitted(clock.n_live - _emitted(clock, before))
         slot = torch.arange(slots, device=u.device)
         live = (slot >= first[:, None]) & (slot < last[:, None])
-        begun = self.inner.begin(
-            x, x[:, :0], Documents(clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last), inner
+        elements = Documents(
+            clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last, pieces=around.pieces,
+            shard=replace(documents.shard, sizes=lambda: self._sizes(documents.shard)),
         )
+        begun = self.inner.begin(x, x[:, :0], elements, inner)
 
         def finish(*ran: Tensor) -> tuple[Tensor, BranchState]:
             y, state = begun.finish(*ran)
             tail = last[:, None] + slot[:n_tail]
             live = tail < clock.n_live[:, None]
-            elements = Documents(clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail))
-            y_tail, state = self.inner(x.gather(1, _columns(tail, x)), elements, state)
-            y = y.scatter(1, _columns(tail, y_tail), y_tail.to(y.dtype))
+            documents = Documents(
+                clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail), pieces=at_end.pieces
+            )
+            y_tail, state = self.inner(at_slots(x, tail), documents, state)
+            y = y.scatter(1, tail[..., None].expand_as(y_tail), y_tail.to(y.dtype))
             # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
             earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs
             z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, earlier)
             return z[:, before:], BranchState(window, state, tail_out)
 
         return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
+
+    def _sizes(self, shard: Shard) -> tuple[int, ...]:
+        """Room for the elements that each shard scans: of its tokens, a lead earlier."""
+        ends = [max(0, token - self.lead) for token in accumulate(shard.sizes(), initial=0)]
+        return tuple(self.slots(shard.whole.part(begin, end)) for begin, end in pairwise(ends))
 
     def _carry(self, u: Tensor, outlines: list[Tensor], whole: Documents, start: int, given: Carry | None) -> Carry:
         """As compression begins at token `start` > 0 of the rows: nothing that is needed looks further back than it."""
@@ -188,25 +197,34 @@ def mixer_width(d_model: int, d_out: int, rate: float, config: SerpentConfig) ->
 
 
 class Serpent(nn.Module):
-    """Branches at several rates side by side, concatenated and projected: (B, L, d_model) -> (B, L, d_model).
+    """Branches at several rates side by side: (B, L, d_model) -> (B, L, d_model).
 
-    A branch at rate 1 is the plain inner mixer; alone it needs no projection, so rates = [1] is exactly that mixer.
-    mixer, settings: the inner mixer's class and its section of the configuration.
+    A branch at rate 1 is the plain inner mixer. Where `projected` says so the branches are concatenated and projected, else
+    added: one alone is as it is, so rates = [1] is exactly that mixer. With a depth, each branch runs that many blocks of the
+    inner mixer at its rate. mixer, settings: the inner mixer's class and its section of the configuration.
     """
 
-    def __init__(self, d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any):
+    def __init__(self, d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, norm_eps: float = 1e-5):
         super().__init__()
         self.branches = nn.ModuleList()
         for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-            branch = mixer(mixer_width(d_model, out, rate, config), inner, out, settings)
-            self.branches.append(branch if rate == 1 else Branch(branch, d_model, out, rate, config))
-        plain = list(config.rates) == [1.0]
-        self.out_proj = nn.Identity() if plain else nn.Linear(d_model, d_model, bias=False)
+            run = [mixer(mixer_width(d_model, out, rate, config), inner, out, settings) for _ in range(config.depth)]
+            branch = run[0] if config.depth == 1 else Stack(run, d_model, norm_eps)
+            if rate != 1:
+                routed = config.clock == "routed"
+                branch = RoutedBranch(branch, d_model, out, rate) if routed else Branch(branch, d_model, out, rate, config)
+            self.branches.append(branch)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False) if projected(config) else None
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
         states = (None,) * len(self.branches) if state is None else state
         return self._join([branch(x, documents, s) for branch, s in zip(self.branches, states)])
 
+    @property
+    def out_projs(self) -> list[nn.Linear]:
+        if self.out_proj is not None:
+            return [self.out_proj]
+        return [projection for branch in self.branches for projection in branch.out_projs]
 
     @property
     def reach(self) -> int:
@@ -229,7 +247,9 @@ class Serpent(nn.Module):
         return parts, self._join
 
     def _join(self, results: list) -> tuple[Tensor, tuple]:
-        return self.out_proj(torch.cat([z for z, _ in results], -1)), tuple(state for _, state in results)
+        outputs = [z for z, _ in results]
+        y = reduce(torch.add, outputs) if self.out_proj is None else self.out_proj(torch.cat(outputs, -1))
+        return y, tuple(state for _, state in results)
 
 
 def _emitted(clock: Clock, token: int) -> Tensor:
@@ -237,39 +257,49 @@ def _emitted(clock: Clock, token: int) -> Tensor:
     return torch.zeros_like(clock.n_live) if token <= 0 else clock.newest[:, token - 1].long() + 1
 
 
-def _columns(index: Tensor, like: Tensor) -> Tensor:
-    """(B, J) as the index of `gather` that picks whole rows of (B, S, d)."""
-    return index[..., None].expand(-1, -1, like.shape[2])
+def projected(config: SerpentConfig) -> bool:
+    """Whether the branches are concatenated and projected: where each puts out a part of d_model, but that of one alone."""
+    return config.depth == 1 and len(config.rates) > 1
 
 
 def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[list[int], list[int]]:
-    """(inner widths, output widths) per branch; by default the layer has as many parameters as a plain one of its
-    inner mixer, as nearly as that mixer's unit of width allows."""
+    """(inner widths, output widths) per branch; by default the layer has as many parameters as `depth` plain ones of its
+    inner mixer, as nearly as that mixer's unit of width allows. Blocks of a run read and write all of d_model."""
     n = len(config.rates)
+    shares = config.shares or [1.0] * n
     unit = 16 if d_model >= 512 else 1  # wide loads want multiples of 16; small models need the finer choice
-    outs = _split(d_model, n, unit)
+    outs = _split(d_model, shares, unit) if config.depth == 1 else [d_model] * n
     if config.d_inner is not None:
-        return _split(config.d_inner, n, mixer.width_unit(settings)), outs
-    unit = math.lcm(unit, mixer.width_unit(settings))
-    target = mixer.parameter_count(d_model, mixer.width(d_model, settings), d_model, settings)
+        return _split(config.d_inner, shares, mixer.width_unit(settings)), outs
+    # A run alone costs little beside its blocks, so that they can have the width of plain ones, fit for wide loads.
+    units = (16, 8, 4, 2, 1) if config.depth > 1 and n == unit == 1 else (unit,)
+    plain = mixer.parameter_count(d_model, mixer.width(d_model, settings), d_model, settings)
+    target = config.depth * (plain + d_model) - d_model  # a norm each; the layer's own is not counted here
 
     def excess(total: int) -> int:
-        return parameter_count(d_model, _split(total, n, unit), outs, config, mixer, settings) - target
+        return parameter_count(d_model, _split(total, shares, unit), outs, config, mixer, settings) - target
 
-    total = n * unit
-    while excess(total + unit) < 0:
-        total += unit
-    total = min(total, total + unit, key=lambda t: abs(excess(t)))
-    return _split(total, n, unit), outs
+    for unit in units:
+        unit = math.lcm(unit, mixer.width_unit(settings))
+        total = n * unit
+        while excess(total + unit) < 0:
+            total += unit
+        total = min(total, total + unit, key=lambda t: abs(excess(t)))
+        if abs(excess(total)) < 0.005 * target:
+            break
+    return _split(total, shares, unit), outs
 
 
 def parameter_count(
     d_model: int, inners: list[int], outs: list[int], config: SerpentConfig, mixer: type[Mixer], settings: Any
 ) -> int:
-    total = 0 if list(config.rates) == [1.0] else d_model * d_model
+    total, norm = d_model * d_model * projected(config), d_model * (config.depth > 1)
     for rate, inner, out in zip(config.rates, inners, outs):
-        total += mixer.parameter_count(mixer_width(d_model, out, rate, config), inner, out, settings)
-        if rate != 1:
+        block = mixer.parameter_count(mixer_width(d_model, out, rate, config), inner, out, settings)
+        total += config.depth * (block + norm)
+        if rate != 1 and config.clock == "routed":
+            total += 2 * width(d_model) * d_model
+        elif rate != 1:
             window = {"integrated": config.n_bases * d_model, "segment_mean": 0,
                       "pointwise": POINTWISE_TAPS * (d_model + config.n_bases) * out}[config.window]
             total += window + config.n_bases * out * (config.restore == "readout") + (d_model + 1) * (config.clock == "learned")
@@ -278,11 +308,15 @@ def parameter_count(
 
 def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, itemsize: int, length: int) -> float:
     """What a GPU keeps of one token for the backward pass, the input left out. length: tokens of a row."""
-    total = itemsize * d_model  # the branches' outputs side by side
+    total = itemsize * d_model * projected(config)  # the branches' outputs side by side
+    norm = (4 + itemsize) * d_model * (config.depth > 1)  # the run's residual stream, and what the norm makes of it
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
-        element = mixer.kept_bytes(inner, settings, itemsize)
+        element = config.depth * (mixer.kept_bytes(inner, settings, itemsize) + norm)
         if rate == 1:
             total += element
+            continue
+        if config.clock == "routed":  # as many slots as tokens; p and the keys; float32 copies: of u, and of y per doubling
+            total += element + itemsize * (d_model + out) + 4 * (d_model + 4 * width(d_model) + 8 * out) + 64
             continue
         taps = sampling(rate, config).window_taps
         x = d_model if config.window != "pointwise" else taps * (d_model + config.n_bases) + out
@@ -293,11 +327,13 @@ def kept_bytes(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings
 
 def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, length: int) -> tuple[float, float]:
     """Forward FLOPs per token at the target rates, in rows of `length` tokens: (matrix products, the rest)."""
-    matmul, rest = (0.0 if list(config.rates) == [1.0] else 2.0 * d_model * d_model), 0.0
+    matmul, rest = 2.0 * d_model * d_model * projected(config), 0.0
     for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
         m, r = mixer.flops(mixer_width(d_model, out, rate, config), inner, out, settings, max(1, round(rate * length)))
-        matmul, rest = matmul + rate * m, rest + rate * r
-        if rate != 1:
+        matmul, rest = matmul + rate * config.depth * m, rest + rate * config.depth * r
+        if rate != 1 and config.clock == "routed":
+            matmul, rest = matmul + 4 * width(d_model) * d_model, rest + 6 * width(d_model) + 3 * rate * out + out
+        elif rate != 1:
             taps, bases = sampling(rate, config).window_taps, config.n_bases
             if config.window == "integrated":
                 matmul, rest = matmul + 2 * bases * rate * taps * d_model, rest + 2 * (d_model + rate * taps * d_model)
@@ -310,7 +346,8 @@ def flops(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any
     return matmul, rest
 
 
-def _split(total: int, parts: int, unit: int) -> list[int]:
-    """`total` over `parts` as evenly as multiples of `unit` allow, the first taking what is over."""
-    share = total // (parts * unit) * unit
-    return [total - share * (parts - 1)] + [share] * (parts - 1)
+def _split(total: int, shares: list[float], unit: int) -> list[int]:
+    """`total` by the shares, as nearly as multiples of `unit` allow, one at least; the first takes what is over."""
+    spare = total // unit - len(shares)
+    rest = [(1 + math.floor(spare * share / sum(shares) + 1e-9)) * unit for share in shares[1:]]
+    return [total - sum(rest), *rest]

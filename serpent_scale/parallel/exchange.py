@@ -1,7 +1,8 @@
 """What the ranks that hold the shards of a sequence tell each other, in as few messages as there are moments to wait.
 
 Two exchanges, each with its own in the backward pass: `RowsBefore`, the inputs just before each shard and integers of all earlier
-ones; and `states_before` with `Continue`, the states of all shards to all ranks. Their sizes do not depend on the length of the sequence.
+ones; and `states_before` with `Continue`, the states of all shards to all ranks. Their sizes do not depend on the length of the
+sequence. `EarlierRows` stands for the second where no state sums up what is before a shard: it sends all of it.
 """
 from __future__ import annotations
 
@@ -48,16 +49,30 @@ class Ring:
         return [_tensors(part, block) for part, block in zip(received.split(sizes), forms)]
 
     def gather(self, tensors: list[Tensor], meanwhile: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """Each with a leading dimension for the ranks, (P, ...). They share a dtype. meanwhile() is called with the message under
-        way."""
-        flat = torch.cat([t.flatten() for t in tensors])
+        """Each with a leading dimension for the ranks, (P, ...). They share a dtype, complex ones that of their parts. meanwhile()
+        is called with the message under way."""
+        reals = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+        flat = torch.cat([t.flatten() for t in reals])
         out = flat.new_empty(self.size * len(flat))
         under_way = dist.all_gather_into_tensor(out, flat, group=self.group, async_op=True)
         meanwhile()
         under_way.wait()
         self.traffic.count((self.size - 1) * flat.numel() * flat.element_size())
-        parts = out.view(self.size, -1).split([t.numel() for t in tensors], 1)
-        return [part.unflatten(1, t.shape) for part, t in zip(parts, tensors)]
+        parts = out.view(self.size, -1).split([t.numel() for t in reals], 1)
+        parts = [part.unflatten(1, t.shape) for part, t in zip(parts, reals)]
+        return [torch.complex(*part.unbind(-1)) if t.is_complex() else part for part, t in zip(parts, tensors)]
+
+    def of_last(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The last rank's, on all. Elsewhere they may have other sizes, of as many dimensions."""
+        device, last = tensors[0].device, self.rank == self.size - 1
+        sizes = torch.tensor([n for t in tensors for n in t.shape], device=device)
+        dist.broadcast(sizes, group=self.group, group_src=self.size - 1)
+        shapes, forms = iter(sizes.tolist()), []
+        for t in tensors:
+            forms.append((tuple(next(shapes) for _ in t.shape), t.dtype))
+        data = _bytes(tensors) if last else torch.empty(sum(map(_size, forms)), dtype=torch.uint8, device=device)
+        dist.broadcast(data, group=self.group, group_src=self.size - 1)
+        return _tensors(data, forms)
 
 
 def _size(form: Form) -> int:
@@ -66,7 +81,8 @@ def _size(form: Form) -> int:
 
 
 def _bytes(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.contiguous().flatten().view(torch.uint8) for t in tensors])
+    # A single element may be called contiguous whatever its stride.
+    return torch.cat([t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in tensors])
 
 
 def _tensors(data: Tensor, forms: list[Form]) -> list[Tensor]:
@@ -85,6 +101,9 @@ class RowsBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ring: Ring, borders: list[int], reach: int, outline: Tensor | None):
         """borders: where shards begin, and the end. outline (P, ...): what to tell each rank; of later ones it reaches."""
+        ctx.ring, ctx.silent = ring, reach == 0 and outline is None
+        if ctx.silent:
+            return x, x.new_empty(len(x), 0, x.shape[2]), None
         p, begin = ring.rank, borders[ring.rank]
         wanted = [(max(0, a - reach), a) for a in borders[:-1]]  # of the rows, by each rank
         sends = [_overlap(wanted[q], borders[p : p + 2]) for q in range(ring.size)]
@@ -98,7 +117,7 @@ class RowsBefore(torch.autograd.Function):
                 if q < p:
                     forms[q].insert(0, (outline[q].shape, outline.dtype))
         received = ring.swap(blocks, forms)
-        ctx.ring, ctx.sends, ctx.comes, ctx.begin = ring, sends, comes, begin
+        ctx.sends, ctx.comes, ctx.begin = sends, comes, begin
         before = torch.cat([block[-1] for block in received], 1)
         outlines = torch.stack([block[0] for block in received[:p]]) if outline is not None and p else None
         if outlines is not None:
@@ -108,6 +127,8 @@ class RowsBefore(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_x, grad_before, _):
+        if ctx.silent:
+            return grad_x, None, None, None, None
         begin, sizes = ctx.begin, [hi - lo for lo, hi in ctx.comes]
         blocks = [[part] for part in grad_before.split(sizes, 1)]
         forms = [[(grad_x[:, lo - begin : hi - begin].shape, grad_x.dtype)] for lo, hi in ctx.sends]
@@ -116,6 +137,48 @@ class RowsBefore(torch.autograd.Function):
             if hi > lo:
                 grad_x[:, lo - begin : hi - begin] += grad
         return grad_x, None, None, None, None
+
+
+class EarlierRows(torch.autograd.Function):
+    """(ring, sizes, facts, rows...) -> for each part the rows of all earlier shards, in order; then their facts.
+
+    Of part i: sizes[i] those of all shards, rows (B, own size, w) -> (B, sum of earlier sizes, w), facts (..., B) int64 ->
+    (earlier shards, ..., B). The backward pass sends the gradients back, to be summed there.
+    """
+
+    @staticmethod
+    def forward(ctx, ring: Ring, sizes: list[tuple[int, ...]], facts: list[Tensor], *rows: Tensor):
+        p, n = ring.rank, len(rows)
+        ctx.ring, ctx.sizes = ring, sizes
+        blocks = [[*rows, *facts] if q > p else [r[:, :0] for r in rows] for q in range(ring.size)]
+        forms = [
+            [((len(r), size[q] if q < p else 0, r.shape[2]), r.dtype) for r, size in zip(rows, sizes)]
+            + [(fact.shape, fact.dtype) for fact in facts] * (q < p)
+            for q in range(ring.size)
+        ]
+        received = ring.swap(blocks, forms)
+        earlier = [torch.cat(parts, 1) for parts in zip(*(block[:n] for block in received))]
+        told = [torch.cat([fact[None][:0], *(block[n + i][None] for block in received[:p])]) for i, fact in enumerate(facts)]
+        ctx.mark_non_differentiable(*told)
+        return *earlier, *told
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        ring, p, n = ctx.ring, ctx.ring.rank, len(ctx.sizes)
+        parts = [grad.split([*size[:p], *[0] * (ring.size - p)], 1) for grad, size in zip(grads, ctx.sizes)]
+        blocks = [[part[q] for part in parts] for q in range(ring.size)]
+        forms = [
+            [((len(grad), size[p] if q > p else 0, grad.shape[2]), grad.dtype) for grad, size in zip(grads, ctx.sizes)]
+            for q in range(ring.size)
+        ]
+        received, found = ring.swap(blocks, forms)[p + 1 :], []
+        for i, (grad, size) in enumerate(zip(grads[:n], ctx.sizes)):
+            total = grad.new_zeros(len(grad), size[p], grad.shape[2], dtype=torch.promote_types(grad.dtype, torch.float32))
+            for block in received:
+                total += block[i]
+            found.append(total.to(grad.dtype))
+        return None, None, None, *found
 
 
 def _overlap(wanted: tuple[int, int], held: list[int]) -> tuple[int, int]:
@@ -128,7 +191,7 @@ def states_before(
     ring: Ring, phases: list[Phases], initial: list[Tensor | None], meanwhile: Callable[[], None]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The state before this shard, for each scan, and the spans of all shards (P, ...). initial: before the whole rows."""
-    gathered = ring.gather([t for part in phases for t in (part.state, part.span.to(part.state.dtype))], meanwhile)
+    gathered = ring.gather([t for part in phases for t in (part.state, part.span.to(part.state.real.dtype))], meanwhile)
     found, spans = [], gathered[1::2]
     for part, states, span, given in zip(phases, gathered[::2], spans, initial):
         if given is not None:
@@ -177,7 +240,7 @@ class Continue(torch.autograd.Function):
             if len(later):
                 between = torch.zeros_like(spans)
                 between[1:] = spans[:-1].cumsum(0)
-                carried = (ctx.parts[i][0](between) * later).sum(0).to(outputs[2 * i + 1].dtype)
+                carried = (ctx.parts[i][0](between).conj() * later).sum(0).to(outputs[2 * i + 1].dtype)
                 after = found[2 * i + 1]
                 found[2 * i + 1] = carried if after is None else after + carried
         return None, None, None, *found, *(None,) * (len(tensors) - 2 * n)

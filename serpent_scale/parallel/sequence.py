@@ -5,12 +5,16 @@ know nothing of it: to DeepSpeed all ranks are data-parallel ones.
 """
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from serpent_scale.model.documents import Documents, Shard
-from serpent_scale.parallel.exchange import Continue, Ring, RowsBefore, states_before
+from serpent_scale.model.mixer import Begun, Told
+from serpent_scale.parallel.exchange import Continue, EarlierRows, Ring, RowsBefore, states_before
 
 
 class Sequence:
@@ -32,8 +36,10 @@ class Sequence:
 
     def shard(self, whole: Documents) -> Documents:
         """Of this rank's tokens; `whole` is of the sequences, on this rank's device."""
-        own = self.own(whole.reset.shape[1])
-        return whole.part(own.start, own.stop, Shard(whole, own.start, self._mix, self._count))
+        borders, rank = self.borders(whole.reset.shape[1]), self.ring.rank
+        sizes = tuple(end - begin for begin, end in pairwise(borders))
+        shard = Shard(whole, borders[rank], rank, lambda: sizes, self._mix, self._count)
+        return whole.part(borders[rank], borders[rank + 1], shard)
 
     def _mix(self, mixer, x: Tensor, documents: Documents, state):
         ring, borders = self.ring, self.borders(documents.shard.whole.reset.shape[1])
@@ -43,7 +49,16 @@ class Sequence:
         outline = mixer.outline(x, documents, [max(0, n) for n in ends])
         x, before, outlines = RowsBefore.apply(x, ring, borders, reach, outline)
         begun, join = mixer.begin_all(x, before, [] if outlines is None else list(outlines), documents, state)
-        phases = [part.phases for part in begun]
+        form = self._tell if isinstance(begun[0].phases, Told) else self._pass
+        return join([part.finish(*ran) for part, ran in zip(begun, form(begun))])
+
+    def _tell(self, begun: list[Begun]) -> list[tuple]:
+        told = [part.phases for part in begun]
+        earlier = EarlierRows.apply(self.ring, [t.sizes for t in told], [t.facts for t in told], *(t.rows for t in told))
+        return [part.run(*known) for part, known in zip(told, zip(earlier[: len(told)], earlier[len(told) :]))]
+
+    def _pass(self, begun: list[Begun]) -> list[tuple]:
+        ring, phases = self.ring, [part.phases for part in begun]
         initial, spans = states_before(
             ring, phases, [part.initial for part in begun], lambda: [part.meanwhile() for part in begun]
         )
@@ -53,30 +68,18 @@ class Sequence:
             ran += y, after
             rest.append(others)
         ran = Continue.apply(ring, phases, spans, *ran, *(t for part in phases for t in part.saved))
-        return join([part.finish(y, after, *others) for part, y, after, others in zip(begun, ran[::2], ran[1::2], rest)])
+        return [(y, after, *others) for y, after, others in zip(ran[::2], ran[1::2], rest)]
 
     def _count(self, emitted: Tensor) -> None:
         self.elements += emitted.sum()
 
     def last_states(self, states: list) -> list:
         """The states after the whole sequences, on every rank; each passes its own."""
-        return _map(self._from_last, states)
-
-    def _from_last(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        torch.distributed.broadcast(tensor, group=self.ring.group, group_src=self.ring.size - 1)
-        return tensor
+        leaves, form = tree_flatten(states)
+        return tree_unflatten(self.ring.of_last(leaves), form)
 
 
 def load(elements: list[float], size: int) -> float:
     """Largest over mean number of elements emitted per rank, of the worst group of `size` neighbouring ranks."""
     groups = [elements[i : i + size] for i in range(0, len(elements), size)]
     return max(max(group) * size / max(1.0, sum(group)) for group in groups)
-
-
-def _map(fn, value):
-    """fn of each tensor in lists and tuples, NamedTuples among them."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    parts = [_map(fn, part) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

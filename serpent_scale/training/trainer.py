@@ -25,7 +25,7 @@ from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel import watchdog
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
 from serpent_scale.parallel.sequence import Sequence, load
-from serpent_scale.training import badsteps, signals
+from serpent_scale.training import badsteps, signals, validation
 from serpent_scale.training.engine import build_engine, check_gradients, loss_divisor
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.metrics import Metrics
@@ -76,7 +76,7 @@ class Trainer:
         self.samples = config.samples
         device = processes.device
         self.stream, self.validation = open_streams(config)
-        self.tokenizer = self.stream.index.tokenizer_path.read_text()
+        self.texts = {"config.yaml": config.to_yaml(), "tokenizer.json": self.stream.index.tokenizer_path.read_text()}
         self.replicas, self.replica, self.sequence = processes.world_size, processes.rank, None
         if config.parallel.sequence > 1:
             self.sequence = Sequence(config.parallel.sequence, processes.world_size, device)
@@ -169,7 +169,7 @@ class Trainer:
             return True
         self.metrics = self._open_metrics() if self.processes.rank == 0 else None
         if self.processes.rank == 0:
-            (config.run_folder / "config.yaml").write_text(config.to_yaml())
+            (config.run_folder / "config.yaml").write_text(self.texts["config.yaml"])
         self.evaluation_due |= self.step == 0 and config.evaluation.every > 0
         self._agree_to_stop()
         while True:
@@ -247,21 +247,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
-        """Mean cross-entropy over non-overlapping windows of the evaluation split, shared by all ranks; None if a signal came."""
-        stream, rows = self.validation, self.config.training.micro_batch
+        """Mean cross-entropy over windows of the evaluation split, shared by all ranks; None if a signal came."""
+        stream, rows, carry = self.validation, self.config.training.micro_batch, self.config.evaluation.carry_state
         windows = min(stream.n_windows, self.config.evaluation.max_windows or stream.n_windows)
-        totals, stride = torch.zeros(2, dtype=torch.float64, device=self.processes.device), rows * self.replicas
+        totals, states = torch.zeros(2, dtype=torch.float64, device=self.processes.device), None
         accumulation = self.config.grad_accumulation(self.processes.world_size, self.step)
         self.engine.eval()
-        for i, first in enumerate(range(self.replica * rows, windows + self.replica * rows, stride)):
+        passes = validation.in_order if carry else validation.apart
+        for i, batch in enumerate(passes(stream, windows, rows, self.replicas, self.replica)):
             watchdog.beat(f"evaluation after step {self.step}")
             if i % accumulation == 0 and self._agree_to_stop():  # about as often as in training
                 self.engine.train()
                 return None
-            # Every rank runs as many passes (ZeRO-3 gathers together); rows past the end count for nothing.
-            batch = DeviceBatch.of(stream.batch(min(first, windows - 1), rows), self.processes.device, self.sequence)
-            batch.labels[max(0, windows - first) :] = -100
-            totals += self._totals(self._loss(batch), batch)
+            batch = DeviceBatch.of(batch, self.processes.device, self.sequence)
+            loss_sum, after = self.engine(batch.tokens, batch.documents, batch.labels, states)
+            if carry:
+                states = self.sequence.last_states(after) if self.sequence else after
+            totals += self._totals(loss_sum, batch)
         self.engine.train()
         all_reduce_sum(totals)
         loss = (totals[0] / totals[1]).item()
@@ -301,8 +303,7 @@ class Trainer:
             "data": self.stream.state(self._next_sample(), self.digest),
             "wandb_id": broadcast_object(self.metrics.wandb_id if self.metrics else None),
         }
-        texts = {"config.yaml": self.config.to_yaml(), "tokenizer.json": self.tokenizer}
-        return store.begin(self.engine, self.checkpoints, self.step, state, texts, copies)
+        return store.begin(self.engine, self.checkpoints, self.step, state, self.texts, copies)
 
     def _finish_writing(self, writing: store.Save | None = None, must: bool = False) -> None:
         """Publish what is being written. A full disk is no reason to stop, unless it `must` be saved: the older checkpoints are
@@ -413,8 +414,8 @@ class Trainer:
         return badsteps.merged([(first, first + self.config.training.micro_batch * stage.parts) for first in found])
 
     def _open_metrics(self) -> Metrics:
-        config = self.config
-        return Metrics(config.run_folder, config.logging, config.total_steps, self.step, config.to_yaml(), self.wandb_id)
+        config, yaml = self.config, self.texts["config.yaml"]
+        return Metrics(config.run_folder, config.logging, config.total_steps, self.step, yaml, self.wandb_id)
 
     def _log(self, metrics: dict[str, float]) -> None:
         if self.metrics:
