@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -283,10 +283,10 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ), dtype)
 
 
-def size_of_mapped(data: np.ndarray) -> int:
-    """Bytes that the file of an array of `open_shard` has now."""
+def mapped_size(data: np.ndarray) -> Callable[[], int]:
+    """What tells the bytes that the file of an array of `open_shard` has by now."""
     base = data.base
-    return (base if isinstance(base, mmap.mmap) else base.obj).size()
+    return (base if isinstance(base, mmap.mmap) else base.obj).size
 
 
 def _check_fields(path: Path, prefix: str, fields, expected: dict[str, type]) -> None:

@@ -24,10 +24,10 @@ from data_pipeline.schedule import Mixture, Schedule
 from data_pipeline.windows import IGNORE, Windows
 from serpent_scale.errors import UserError
 
-STATE_FORMAT = 3
-# What states of earlier formats lack.
-FORMER = {1: {"digest": digest.to_hex(0)}, 2: {}}
-NEW_IN_3 = {"packing": "cut", "sources": [], "stages": [], "skipped": [], "tokens_skipped": 0}
+STATE_FORMAT = 4
+# What states of earlier formats lack. Digests of 2 and 3 are of another hash, and are carried on with this one.
+_NEW_IN_3 = {"packing": "cut", "sources": [], "stages": [], "skipped": [], "tokens_skipped": 0}
+FORMER = {1: {"digest": digest.to_hex(0)} | _NEW_IN_3, 2: _NEW_IN_3, 3: {}}
 PACKINGS = {"cut": Windows, "best_fit": PackedWindows}
 
 
@@ -73,8 +73,10 @@ class Batch:
 
 
 def _lengths(starts: list[int], seq_len: int) -> tuple[int, ...]:
-    edges = [0, *(starts[1:] if starts[:1] == [0] else starts), seq_len]
-    return tuple(b - a for a, b in zip(edges, edges[1:]))
+    if not starts:
+        return (seq_len,)
+    edges = [0, *(starts[1:] if starts[0] == 0 else starts), seq_len]
+    return tuple([b - a for a, b in zip(edges, edges[1:])])
 
 
 class TokenStream:
@@ -123,9 +125,12 @@ class TokenStream:
         """Samples first, …, first + n - 1, which must be of one stage."""
         before = sum(source.tokens_skipped for source in self.sources)
         tokens, labels, rows, consumed = self._read(first, n)
-        reset = np.zeros(tokens.shape, bool)
-        reset[[row for row, starts in enumerate(rows) for _ in starts], [start for starts in rows for start in starts]] = True
-        lengths = tuple(_lengths(starts, tokens.shape[1]) for starts in rows)
+        reset, seq_len = np.zeros(tokens.shape, bool), tokens.shape[1]
+        flat = reset.reshape(-1)
+        for row, starts in enumerate(rows):
+            for start in starts:
+                flat[row * seq_len + start] = True
+        lengths = tuple([_lengths(starts, seq_len) for starts in rows])
         tensors = map(torch.from_numpy, (tokens, labels, reset))
         skipped = sum(source.tokens_skipped for source in self.sources) - before
         return Batch(*tensors, lengths, samples=range(first, first + n), digest=consumed, tokens_skipped=skipped)
@@ -140,7 +145,7 @@ class TokenStream:
         seq_len, packed = stage.seq_len, self.packing != "cut"
         # The index's dtype to the last: a quarter of the memory traffic.
         lines, rows, total = np.empty((n, seq_len + 1), self.index.dtype), [], 0
-        changed_rows, changed_columns, changes = [], [], []
+        changed, changes = [], []
         for row, line in enumerate(lines):
             window, part = stage.locate(first + row)
             source, window = self.mixture.locate(window)
@@ -149,12 +154,12 @@ class TokenStream:
             if starts and starts[-1] == seq_len:
                 starts.pop()
             total += digest.of_sample(first + row, line[:-1], last, starts, self.index.dtype, values if packed else ())
-            changed_rows += [row] * len(columns)
-            changed_columns += columns
-            changes += values
+            if columns:
+                changed += [row * seq_len + column for column in columns]
+                changes += values
             rows.append(starts)
-        tokens, labels = lines[:, :-1].astype(np.int64), lines[:, 1:].astype(np.int64)
-        labels[changed_rows, changed_columns] = changes
+        tokens, labels = (part.astype(np.int64, "C") for part in (lines[:, :-1], lines[:, 1:]))
+        labels.reshape(-1)[changed] = changes
         return tokens, labels, rows, total % digest.MODULUS
 
     @property
@@ -196,8 +201,7 @@ class TokenStream:
         A state of format 1, which had no digest, is continued with one that counts from here on.
         """
         mine = self.state(0, 0)
-        for former, lacking in FORMER.items():
-            new = lacking | NEW_IN_3
+        for former, new in FORMER.items():
             if isinstance(state, dict) and state.get("format") == former and not new.keys() & state.keys():
                 state = state | new | {"format": STATE_FORMAT}
         if not isinstance(state, dict) or set(state) != set(mine):

@@ -27,7 +27,7 @@ def made(prepare, tmp_path_factory):
     """(arguments of preparation, its folder): duplicates in the same and in other blocks and files, overlaps, blanks."""
     folder = tmp_path_factory.mktemp("made")
     held = "a passage of the evaluation set " + " ".join(f"w{i}" for i in range(30))
-    texts = [f"text {i % 700}: " + "the quick brown fox " * (i % 7) for i in range(1000)] + ["", "  ", "again", "again"]
+    texts = [f"text {i % 700}: " + "the quick brown fox " * (i % 7) for i in range(1000)] + ["", "", "  ", "again", "again"]
     texts[300] = texts[700] = texts[950] = f"before {held} after"
     for name, rows in {"one": texts, "a": texts[:300], "b": texts[300:310], "c": [""], "d": texts[310:]}.items():
         lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
@@ -110,20 +110,31 @@ def test_a_part_goes_on_where_it_was_killed(made, tmp_path, monkeypatch):
     assert staging.name == "00001-of-00002.part.partial" and 10_000 < len(left) < len(whole)
     tokenised.clear()
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: tokenised.extend(texts) or encode(self, texts))
-    for cut in (len(left), len(left) - 1, 5000, 39, 0, len(whole)):  # the last: killed just before it was renamed
-        staging.write_bytes((left if cut <= len(left) else whole)[:cut])
+    # What a kill leaves, what a full disk or power cut does, and, at last, a kill just before the rename.
+    for remains in (left, left[:-1], left[:5000], left[:39], b"", left[:5000] + bytes(len(whole)), whole):
+        staging.write_bytes(remains)
         assert parts.write_part(tmp_path / "cut", sources, tokenizer, 1, 2, **arguments).read_bytes() == whole
-        if cut == len(left):
+        if remains == left:
             assert 100 < len(tokenised) < 250, "what was done is not done again"
-    (tmp_path / "cut/00001-of-00002.part").unlink()
+        (tmp_path / "cut/00001-of-00002.part").unlink()
     staging.write_bytes(left)
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
     with pytest.raises(UserError, match="source changed"):
         parts.write_part(tmp_path / "cut", parse_source(f"{tmp_path}/other.jsonl") + sources, tokenizer, 1, 2, **arguments)
 
 
-def test_what_is_missing_or_wrong_is_named(prepare, made, tmp_path, capsys):
+def frames_of(raw: bytes) -> list[bytes]:
+    frames, at = [], 0
+    while at < len(raw):
+        end = at + parts.HEAD + int.from_bytes(raw[at : at + 8], "little")
+        frames.append(raw[at:end])
+        at = end
+    return frames
+
+
+def test_what_is_missing_or_wrong_is_named(prepare, made, tmp_path, capsys, monkeypatch):
     arguments, alone = made["one"]
+    monkeypatch.setattr(parts, "FRAME", 2000)
     out = ["--out", tmp_path]
     assert "holds no finished part" in refusal(prepare, capsys, *arguments, *out, "--merge")
     for part in (0, 2):
@@ -136,7 +147,9 @@ def test_what_is_missing_or_wrong_is_named(prepare, made, tmp_path, capsys):
     assert "made with held_out_sha256" in refusal(prepare, capsys, *arguments, *out, "--part", "0/4", "--shared-runs", 3)
     file = tmp_path / "train.parts" / "00002-of-00004.part"
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole[:-40], whole[:3000], whole + b"x", whole[:5000] + b"?" + whole[5001:], b""):
+    head, first, second, *others = frames_of(whole)
+    moved, less = (b"".join([head, *frames, *others]) for frames in ([second, first], [second]))
+    for damaged in (whole[:-1], whole[:-40], whole[:3000], whole + b"x", whole[:5000] + b"?" + whole[5001:], b"", moved, less):
         file.write_bytes(damaged)
         assert f"{file}: damaged from byte" in refusal(prepare, capsys, *arguments, *out, "--merge")
         assert not (tmp_path / "train" / "index.json").exists()

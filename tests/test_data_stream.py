@@ -64,8 +64,10 @@ def as_lists(sample):
     return sample.tokens.tolist(), sample.labels.tolist(), sample.starts.tolist()
 
 
+@pytest.mark.parametrize("few", [0, 16])  # both ways of copying
 @pytest.mark.parametrize("seq_len", [2, 7, 64, 72, 1367, 1368, 5000])  # of 1368 tokens
-def test_stored_order_is_the_naive_reconstruction(data, seq_len):
+def test_stored_order_is_the_naive_reconstruction(data, seq_len, few, monkeypatch):
+    monkeypatch.setattr("data_pipeline.windows.FEW", few)
     stream = TokenStream.ordered(data, "train", seq_len)
     assert stream.index.tokens == sum(LENGTHS) + 2 * len(LENGTHS) == 1368 and len(stream.index.shards) > 4
     expected = naive_epoch(data, stream, 0)
@@ -152,7 +154,7 @@ def test_state_goes_round_and_names_what_differs(data, tmp_path):
     ]:
         with pytest.raises(UserError, match=f"{key} was"):
             other.check_state(state)
-    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 4}, {"seed": True}, {"more": 1}, {"digest": None},
+    for change in ({"next_sample": -1}, {"next_sample": True}, {"format": 5}, {"seed": True}, {"more": 1}, {"digest": None},
                    {"digest": "ff"}, {"digest": "F" * 32}, {"digest": 5}, {"next_sample": 0}):  # fmt: skip
         with pytest.raises(UserError, match="data state"):
             stream.check_state(state | change)
@@ -168,6 +170,7 @@ def test_a_state_without_a_digest_is_continued_with_one_that_counts_from_there(d
     old = {"format": 1, "index_sha256": index.sha256, "tokenizer_sha256": index.tokenizer_sha256, "seed": 5, "seq_len": 16,
            "shuffle_block": 32, "next_sample": 77}  # fmt: skip
     assert stream.check_state(old) == (77, 0)
+    assert stream.check_state(stream.state(77, 5) | {"format": 3}) == (77, 5)
     for change in ({"seed": 6}, {"digest": "0" * 32}, {"next_sample": -1}, {"format": 0}, {"format": 2}):
         with pytest.raises(UserError, match="data state"):
             stream.check_state(old | change)

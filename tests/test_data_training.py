@@ -1,12 +1,20 @@
 """A run that mixes sources, changes shape in stages, packs by a plan and skips a damaged shard: resumed, it is the same run."""
+import importlib.util
 import json
 
 from data_pipeline import digest
 from serpent_scale.config import load_config
 from serpent_scale.training.streams import open_streams
-from test_training import SMALL, launch
+from test_training import ROOT, SMALL, launch
 
 STAGES = "training.stages=[{steps: 3, seq_len: 8, global_batch: 16}, {steps: 2, global_batch: 4}]"
+
+
+def prepare(*arguments):
+    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "launch" / "prepare_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(a) for a in arguments])
 
 
 def test_a_mixed_run_in_stages_resumes_to_the_bit(tmp_path):
@@ -16,9 +24,7 @@ def test_a_mixed_run_in_stages_resumes_to_the_bit(tmp_path):
             (tmp_path / f"{name}-{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         tokenizer = "train:300" if name == "one" else str(tmp_path / "one/tokenizer.json")
         sources = (f"--source={split}={tmp_path}/{name}-{split}.jsonl" for split in ("train", "validation"))
-        done = launch("prepare_data.py", *sources, "--out", str(tmp_path / name), "--tokenizer", tokenizer,
-                      "--shard-tokens", "600", "--pack", "32")  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        prepare(*sources, "--out", tmp_path / name, "--tokenizer", tokenizer, "--shard-tokens", 600, "--pack", 32)
     for shard in sorted((tmp_path / "two" / "train").glob("*.tar"))[::2]:
         shard.write_bytes(b"x" + shard.read_bytes()[1:])
     file = tmp_path / "c.yaml"
@@ -27,7 +33,7 @@ def test_a_mixed_run_in_stages_resumes_to_the_bit(tmp_path):
     arguments = ["--config", str(file), STAGES, sources, "data.packing=best_fit", "data.on_error=skip", "training.max_steps=10",
                  "evaluation.every=0", "training.grad_clip=0"]  # fmt: skip
     history, warnings = {}, ""
-    for name, stops in dict(straight=[10], broken=[4, 7, 10]).items():
+    for name, stops in dict(straight=[10], broken=[4, 10]).items():
         for stop in stops:
             done = launch("pretrain.py", *arguments, f"run.name={name}", f"training.stop_at_step={stop}")
             assert done.returncode == 0, done.stderr
