@@ -290,8 +290,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _kernels(device: torch.device, d_state: int):
-    """Gluon's kernels where they run: an NVIDIA GPU since Ampere, and a d_state they are laid out for."""
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8 and d_state in (8, 16):
+    """Gluon's kernels where they run: an NVIDIA GPU since Ampere, and the d_state they are laid out for."""
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8 and d_state == 16:
         return GluonKernels(d_state)
     return PlainKernels(d_state)
 
