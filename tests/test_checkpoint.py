@@ -180,17 +180,33 @@ def test_a_signed_manifest(saved, tmp_path, monkeypatch):
     assert "secret" not in (path / manifest.NAME).read_text()
     monkeypatch.setenv(manifest.KEY, "another")
     assert store.newest(tmp_path / "c")[0] is None
+    sign(path, "xxh3_128")
+    with pytest.raises(UserError, match="has no sha256, so it could be forged"):
+        manifest.verify(path)
     monkeypatch.delenv(manifest.KEY)
     manifest.verify(path)
+
+
+def test_a_checkpoint_of_the_first_format(saved, tmp_path):
+    path = tmp_path / "step-00000002"
+    shutil.copytree(saved[0] / "stage1" / path.name, path)
+    sign(path, "sha256")
+    old = json.loads((path / manifest.NAME).read_text()) | {"format": 1}
+    (path / manifest.NAME).write_text(json.dumps(old))
+    manifest.verify(path)
+    with open(path / "config.yaml", "r+b") as file:
+        file.write(b"#")
+    with pytest.raises(UserError, match="config.yaml: damaged, its sha256 is not the manifest's"):
+        manifest.verify(path)
 
 
 # What `load` and `save` refuse, on all ranks and before anything is touched.
 
 
-def sign(path: Path) -> None:
+def sign(path: Path, by: str | None = None) -> None:
     """Give a changed checkpoint a right manifest."""
     files = [file for file in path.rglob("*") if file.is_file() and file.name != manifest.NAME]
-    manifest.write_manifest(path, {file.relative_to(path).as_posix(): manifest.hash_file(file) for file in files})
+    manifest.write_manifest(path, {file.relative_to(path).as_posix(): manifest.hash_file(file, by) for file in files})
 
 
 def refusal(fn) -> str:

@@ -8,7 +8,7 @@ and its manifest is written: a folder by the final name is whole, unless somethi
     layout.json                   which elements of which parameter are where, shapes, tied names, Adam's steps
     trainer.json                  what the training loop wants back
     config.yaml, tokenizer.json   the texts handed to `save`
-    manifest.json                 size and sha256 of all these
+    manifest.json                 size and hash of all these
 
 A folder of parameters alone, which `save_parameters` writes, has model.safetensors in place of states and trainer.json. A run
 that begins with it begins at step 0.

@@ -1,7 +1,6 @@
 """Safetensors files of flat fp32 slices: written and hashed in one pass over memory, read in part."""
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -32,7 +31,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
     parts = [memoryview(struct.pack("<Q", len(text)) + text)]
     parts += [memoryview(t.detach().view(-1).view(torch.uint8).numpy()) for t in tensors.values() if t.numel()]
     chunks = [part[i : i + CHUNK] for part in parts for i in range(0, len(part), CHUNK)]
-    digest = hashlib.sha256()
+    by = manifest.algorithm()
+    digest = manifest.ALGORITHMS[by]()
     hashing = threading.Thread(target=lambda: [digest.update(chunk) for chunk in chunks])
     hashing.start()
     try:
@@ -48,7 +48,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
         raise OSError(error.errno, error.strerror, str(path)) from None  # os.write does not name the file
     finally:
         hashing.join()
-    return {"bytes": sum(map(len, parts)), "sha256": digest.hexdigest()}
+    return {"bytes": sum(map(len, parts)), by: digest.hexdigest()}
 
 
 class Reader:

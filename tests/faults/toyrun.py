@@ -67,7 +67,7 @@ def last_state(run: Path) -> dict:
     if path is None or skipped:
         return {}
     files = json.loads((path / manifest.NAME).read_text())["files"]
-    return {"folder": path.name} | {name: entry["sha256"] for name, entry in files.items() if name.startswith("state")}
+    return {"folder": path.name} | {name: entry for name, entry in files.items() if name.startswith("state")}
 
 
 def steps_of(run: Path) -> list[int]:
