@@ -150,8 +150,9 @@ class SerpentConfig:
         "readout", "outputs at full length: readout by bases; hold, each until the next", choices=("readout", "hold")
     )
     teach: str = setting(
-        "durations", "what teaches a learned clock besides its durations: confidence in what it did; surprise of the token, or "
-        "of the next; worth of emitting there", choices=("durations", "confidence", "surprise", "next_surprise", "worth"),
+        "durations", "what teaches a learned clock besides its durations: centred, its mean is held at the rate; confidence in "
+        "what it did; surprise of the token, or of the next; worth of emitting there",
+        choices=("durations", "centred", "confidence", "surprise", "next_surprise", "worth"),
     )
     teach_weight: float = setting(0.03, "weight of the term of the loss that `teach` adds, or of the routed clock's ratio", ge=0)
 

@@ -287,7 +287,7 @@ def test_the_ratio_loss_is_least_at_the_rate_and_counts_labelled_tokens_alone():
 
 # ---- teaching ----------------------------------------------------------------------------------------------------------
 
-TEACHERS = ["confidence", "surprise", "next_surprise", "worth"]
+TEACHERS = ["centred", "confidence", "surprise", "next_surprise", "worth"]
 
 
 def model_and_batch(**serpent):
