@@ -37,15 +37,27 @@ from serpent_scale.training.optimizer import GuardedAdamW, learning_rate, parame
 
 REFERENCE = "mamba"
 PLACES = [name for name in placements(ModelConfig()) if name != REFERENCE]
-LEARNED, UNIFORM = {}, {"clock": "uniform"}
+CLOCKS = {
+    "uniform": {"clock": "uniform"},
+    "learned": {},
+    **{how: {"teach": how} for how in ("centred", "confidence", "surprise", "worth")},
+    "next": {"teach": "next_surprise"},
+    "routed": {"clock": "routed"},
+}
+LAYERS = {
+    "stride": {"clock": "stride"},
+    "mean": {"window": "segment_mean"},
+    "figure2": {"window": "pointwise", "restore": "hold"},
+    "held": {"restore": "hold"},
+    "added": {"clock": "uniform", "join": "add"},
+    "added-surprise": {"teach": "surprise", "join": "add"},
+}
 VARIANTS = {  # where compression sits (serpent_scale/model/placements.py), settings of SeRpEnt
-    "mamba": ("mamba", {}),
-    **{f"{place} uniform": (place, UNIFORM) for place in PLACES},
-    **{f"{place} learned": (place, LEARNED) for place in PLACES},
-    "serpent stride": ("serpent", {"clock": "stride"}),
-    "serpent segment mean": ("serpent", {"window": "segment_mean"}),
-    "serpent figure 2": ("serpent", {"window": "pointwise", "restore": "hold"}),
-    "serpent held": ("serpent", {"restore": "hold"}),
+    REFERENCE: (REFERENCE, {}),
+    **{f"{place}/{clock}": (place, CLOCKS[clock]) for clock in ("uniform", "learned") for place in PLACES},
+    **{f"{place}/{clock}": (place, CLOCKS[clock]) for place in ("alternating", "hourglass") for clock in CLOCKS},
+    **{f"alternating/{name}": ("alternating", settings) for name, settings in LAYERS.items()},
+    "serpent/added": ("serpent", LAYERS["added"]),
 }
 SHORTER = (0.5, 0.7)  # of the tokens: what Mamba is also trained on
 

@@ -128,6 +128,10 @@ class SerpentConfig:
     inner: str = setting("mamba", "mixer that runs on each compressed sequence", choices=MIXERS)
     shares: list[float] = setting([], "relative widths of the branches, inside and of their outputs; []: all equal")
     depth: int = setting(1, "layers it stands for: each branch compresses once for a run of this many blocks of `inner`", ge=1)
+    join: str = setting(
+        "project", "several branches: project, each puts out a share of d_model and a map of all follows; add, each writes "
+        "all of d_model, as it does where depth > 1", choices=("project", "add"),
+    )
     d_inner: Optional[int] = setting(None, "inner widths, summed; null: as many parameters as `depth` layers of `inner`", ge=1)
     spread: float = setting(2.0, "intervals lie in [rate / spread, min(1, rate * spread)]", gt=1, le=64)
     band: float = setting(8.0, "grid steps the clock may run ahead of or behind rate * position", ge=0, le=1024)
@@ -146,8 +150,9 @@ class SerpentConfig:
         "readout", "outputs at full length: readout by bases; hold, each until the next", choices=("readout", "hold")
     )
     teach: str = setting(
-        "durations", "what teaches a learned clock besides its durations: confidence in what it did; surprise of the token, or "
-        "of the next; worth of emitting there", choices=("durations", "confidence", "surprise", "next_surprise", "worth"),
+        "durations", "what teaches a learned clock besides its durations: centred, its mean is held at the rate; confidence in "
+        "what it did; surprise of the token, or of the next; worth of emitting there",
+        choices=("durations", "centred", "confidence", "surprise", "next_surprise", "worth"),
     )
     teach_weight: float = setting(0.03, "weight of the term of the loss that `teach` adds, or of the routed clock's ratio", ge=0)
 

@@ -143,14 +143,17 @@ def test_recomputing_activations_changes_nothing(model):
 
 
 def test_everything_added_to_the_residual_stream_starts_scaled_by_the_depth():
-    """At width 32 a linear map starts with weights up to 1/sqrt(fan in)."""
-    for serpent, expected in ((dict(rates=[0.5], depth=3), 3), (dict(depth=2), 6), (dict(depth=1), 1), (dict(rates=[1.0]), 1)):
+    """At width 32 a linear map starts with weights up to 1/sqrt(fan in), those whose outputs are added up as one map would."""
+    for serpent, expected in (
+        (dict(rates=[0.5], depth=3), 3), (dict(depth=2), 6), (dict(depth=1), 1), (dict(rates=[1.0]), 1), (dict(join="add"), 3),
+    ):
         torch.manual_seed(0)
         config = ModelConfig(vocab_size=97, d_model=32, n_layers=6, pattern=["serpent"], serpent=SerpentConfig(**serpent))
         projections = LanguageModel(config).blocks[0].mixer.out_projs
         assert len(projections) == expected
+        added = sum(projection.in_features for projection in projections) // serpent.get("depth", 1)
         for projection in projections:
-            largest = projection.in_features**-0.5 / 6**0.5
+            largest = added**-0.5 / 6**0.5
             assert 0.9 * largest < projection.weight.abs().max() <= largest
 
 

@@ -24,6 +24,7 @@ VARIANTS = {
     "blocks, mean, held": dict(clock="stride", window="segment_mean", restore="hold"),
     "uniform, figure 2": dict(clock="uniform", window="pointwise"),
     "a wider full-rate branch": dict(shares=[0.6, 0.2, 0.2]),
+    "branches added": dict(join="add"),
     "a run": dict(rates=[0.5], depth=3),
     "runs side by side": dict(depth=2, shares=[3.0, 1.0, 2.0]),
     "a run of blocks, held": dict(clock="stride", rates=[0.25], restore="hold", window="pointwise", depth=2),
@@ -286,7 +287,7 @@ def test_the_ratio_loss_is_least_at_the_rate_and_counts_labelled_tokens_alone():
 
 # ---- teaching ----------------------------------------------------------------------------------------------------------
 
-TEACHERS = ["confidence", "surprise", "next_surprise", "worth"]
+TEACHERS = ["centred", "confidence", "surprise", "next_surprise", "worth"]
 
 
 def model_and_batch(**serpent):

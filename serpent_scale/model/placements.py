@@ -28,6 +28,8 @@ def placements(config: ModelConfig) -> dict[str, ModelConfig]:
         "serpent-wide": placed(["serpent"], rates, wide),
         "alternating": placed([inner, "serpent"], rates),
         "alternating-wide": placed([inner, "serpent"], rates, wide),
+        "alternating-half": placed([inner, "serpent"], [0.5]),
+        "thirds": placed([inner, inner, "serpent"], rates),
         "runs": placed([inner, "serpent"] * (n // 3) + [inner] * (n % 3), [0.5], depth=2),
         "hourglass": placed([*quarter, "serpent", *quarter], [0.5], depth=between),
         "hourglass-4": placed([*quarter, "serpent", *quarter], [0.25], depth=between),

@@ -221,7 +221,8 @@ class Serpent(nn.Module):
     def __init__(self, d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any, norm_eps: float = 1e-5):
         super().__init__()
         self.branches = nn.ModuleList()
-        for rate, inner, out in zip(config.rates, *branch_widths(d_model, config, mixer, settings)):
+        inners, outs = branch_widths(d_model, config, mixer, settings)
+        for rate, inner, out in zip(config.rates, inners, outs):
             run = [mixer(mixer_width(d_model, out, rate, config), inner, out, settings) for _ in range(config.depth)]
             branch = run[0] if config.depth == 1 else Stack(run, d_model, norm_eps)
             if rate != 1:
@@ -229,6 +230,10 @@ class Serpent(nn.Module):
                 branch = RoutedBranch(branch, d_model, out, rate) if routed else Branch(branch, d_model, out, rate, config)
             self.branches.append(branch)
         self.out_proj = Linear(d_model, d_model) if projected(config) else None
+        if self.out_proj is None:  # what is added up starts as one map of all inner channels would
+            for branch, inner in zip(self.branches, inners):
+                for projection in branch.out_projs:
+                    projection.weight.data.mul_((inner / sum(inners)) ** 0.5)
 
     def forward(self, x: Tensor, documents: Documents, state: tuple | None = None) -> tuple[Tensor, tuple]:
         if state is not None or self._apart:
@@ -294,7 +299,7 @@ def _emitted(clock: Clock, token: int) -> Tensor:
 
 def projected(config: SerpentConfig) -> bool:
     """Whether the branches are concatenated and projected: where each puts out a part of d_model, but that of one alone."""
-    return config.depth == 1 and len(config.rates) > 1
+    return config.depth == 1 and len(config.rates) > 1 and config.join == "project"
 
 
 def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], settings: Any) -> tuple[list[int], list[int]]:
@@ -303,7 +308,7 @@ def branch_widths(d_model: int, config: SerpentConfig, mixer: type[Mixer], setti
     n = len(config.rates)
     shares = config.shares or [1.0] * n
     unit = 16 if d_model >= 512 else 1  # wide loads want multiples of 16; small models need the finer choice
-    outs = _split(d_model, shares, unit) if config.depth == 1 else [d_model] * n
+    outs = _split(d_model, shares, unit) if projected(config) else [d_model] * n
     if config.d_inner is not None:
         return _split(config.d_inner, shares, mixer.width_unit(settings)), outs
     # A run alone costs little beside its blocks, so that they can have the width of plain ones, fit for wide loads.

@@ -48,10 +48,10 @@ def teach(
     clock's weight (d,) and bias (1,). u (B, L, d) the clock's input, y (B, J, d_out) the outputs of the elements."""
     with torch.autocast(u.device.type, enabled=False):
         u = u.to(torch.promote_types(u.dtype, torch.float32))
-        if how == "confidence":
-            interval = intervals(u, weight, bias, sampling)
+        if how in ("centred", "confidence"):
+            interval = intervals(u.detach() if how == "centred" else u, weight, bias, sampling)
             documents.lessons.append(lambda losses: rate_loss(interval, losses.known, sampling))
-            return z * confidence(interval, clock, documents.reset)[..., None].to(z.dtype)
+            return z if how == "centred" else z * confidence(interval, clock, documents.reset)[..., None].to(z.dtype)
         logit = (u.detach() * weight).sum(-1) + bias
         if how == "worth":
             z, lesson = _Worth.apply(z, logit, y.detach(), clock, sampling)
