@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install quickstart test test-all clean
+.PHONY: install quickstart test test-all test-gpu clean
 install: $(VENV)/.installed
 
 # torch first, at its pin, so that nothing after it brings another; DeepSpeed builds against the torch that is there.
@@ -25,6 +25,10 @@ test: install
 # With those that take over 20 seconds each, which need SLURM.
 test-all: install
 	$(BIN)/python -m pytest tests
+
+# On a machine with a CUDA device, in an environment of your own with the package and its tests' needs (PYTHON=python3).
+test-gpu:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_gpu.py tests/test_kernel_*.py -m gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info
