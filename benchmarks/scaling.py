@@ -7,12 +7,14 @@
 
 All is measured on the trainer's own steps, in bf16, each cell of the table in processes of its own: one that fails is a line of
 the report, and the rest goes on. Results are added to a file of JSON lines as they come; with the same file the next call goes on
-with what is missing (a line that is removed is measured again). The most telling cells come first.
+with what is missing (a line that is removed is measured again). The most telling cells come first. Kernels are compiled in steps
+before those that are measured, by the first cell that needs them; Triton keeps them for the others.
 
-Data parallel, ZeRO-1, 2 and 3: 16k tokens a GPU and step; checkpoints saved, and resumed at other numbers of ranks. One sequence
-shared by all GPUs: against as many tokens on one GPU, and against the cost model of docs/sequence_parallel.md with the latency and
-the bandwidth that exchanges have here. Data x sequence: the losses of meshes of equal global batch, against those of data
-parallelism alone; how far apart bf16 rounding takes them is seen from the latter with each pass cut in two.
+Data parallel, ZeRO-1, 2 and 3: 16k tokens a GPU and step, against one GPU, which has nothing to shard; checkpoints saved, and
+resumed at other numbers of ranks. One sequence shared by all GPUs: against as many tokens on one GPU, and against the cost model
+of docs/sequence_parallel.md with the latency and the bandwidth that exchanges have here. Data x sequence: the losses of meshes of
+equal global batch, against those of data parallelism alone; how far apart bf16 rounding takes them is seen from the latter with
+each pass cut in two.
 """
 from __future__ import annotations
 
@@ -39,6 +41,7 @@ from serpent_scale.config import Config
 from serpent_scale.errors import UserError
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.model.mamba import Mamba
+from serpent_scale.model.serpent import Branch
 from serpent_scale.parallel.sequence import Sequence
 
 LEAST = 15.0  # seconds left below which no cell is begun
@@ -211,7 +214,8 @@ def predict(config: Config, alone_ms: float, latency: float, bandwidth: float) -
     for block in model.blocks:
         scans = [module for module in block.mixer.modules() if isinstance(module, Mamba)]
         rows, spans = 2 * block.mixer.reach * d, sum(4 * scan.d_inner for scan in scans)
-        states, outlines = sum(4 * scan.d_inner * scan.d_state for scan in scans), 24 * len(getattr(block.mixer, "branches", []))
+        states = sum(4 * scan.d_inner * scan.d_state for scan in scans)
+        outlines = 24 * sum(isinstance(module, Branch) for module in block.mixer.modules())
         forward = rows + (P - 1) * (states + spans + outlines)
         exchanges += 2 * times + 2
         received += times * forward + rows + (P - 1) * states
@@ -227,8 +231,8 @@ class Results:
     def __init__(self, path: Path, about: dict):
         self.path, self.found = path, {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.is_file() else []
-        for number, line in enumerate(lines):
+        text = path.read_text() if path.is_file() else ""
+        for number, line in enumerate(text.splitlines()):
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -238,7 +242,10 @@ class Results:
             if "cell" in entry:
                 self.found[entry.pop("cell")] = entry
         self.file = path.open("a")
-        self._write({"about": about}) if not lines else self.file.write("\n")
+        if not text:
+            self._write({"about": about})
+        elif not text.endswith("\n"):
+            self.file.write("\n")
 
     def add(self, cell: Cell, result: dict) -> None:
         self.found[cell.name] = result
@@ -322,7 +329,9 @@ class Report:
 
     def data_parallel(self) -> str:
         rows, apart = [], []
-        for cell in [c for c in self._of("alone", "data") if not c.name.startswith("sequence")]:
+        cells = [cell for cell in self._of("alone", "data") if not cell.name.startswith("sequence")]
+        models = [(cell.size, cell.pattern) for cell in cells]
+        for cell in sorted(cells, key=lambda cell: models.index((cell.size, cell.pattern))):
             result = self.found[cell.name]
             stage = str(cell.config.training.zero_stage) if cell.ranks > 1 else "-"
             saved = f"{result['save_bytes'] / 1e9:.2g} GB, {result['save_seconds']:.1f} s" if "save_seconds" in result else "-"
@@ -337,8 +346,8 @@ class Report:
                 "resumed on ranks: in (loading)", "loss, first → last"]  # fmt: skip
         text = "Data parallel:\n\n" + harness.table(head, rows)
         if apart:
-            text += f"\n\nThe loss of the step after a checkpoint, resumed on fewer ranks: at most {max(apart):.1e} from that of the "
-            text += f"run that went on ({len(apart)} resumed)."
+            text += "\n\nThe loss of the step after a checkpoint, resumed on fewer ranks, lies at most "
+            text += f"{max(apart):.1e} from that of the run that went on ({len(apart)} resumed)."
         return text
 
     def shared(self) -> str:
@@ -360,9 +369,11 @@ class Report:
         if not rows:
             return ""
         head = ["size", "model", "tokens a sequence", "tokens/s", "ms per step (10-90 %)", "efficiency", "predicted", "peak GiB",
-                "activations", "exchanges a step (predicted)", "MB sent by rank 0 (predicted)", "emitted, largest / mean"]  # fmt: skip
+                "activations", "exchanges a step (predicted)", "MB sent by rank 0 (predicted)",
+                "emitted, largest / mean"]  # fmt: skip
         ranks = self._of("sequence")[0].ranks
-        text = f"One sequence shared by {ranks} ranks, ZeRO-1; efficiency against one rank on its share of the tokens:\n\n"
+        text = f"One sequence shared by {ranks} ranks, ZeRO-1; efficiency against one rank on its share of the tokens"
+        text += ", whose passes are CUDA graphs where activations are kept:\n\n" if harness.DEVICE == "cuda" else ":\n\n"
         text += harness.table(head, rows)
         if self.links:
             text += f"\n\nPredicted by the cost model with what exchanges take here: α {1e6 * self.links['latency']:.0f} µs, "
@@ -383,13 +394,15 @@ class Report:
         for cell in cells:
             found, name = self.found[cell.name], cell.name.split(maxsplit=3)[3]
             same = found["digest"] == plain["digest"]
-            equal = "-" if "x1" in name else "yes" if same and max(apart[cell.name]) <= APART * halves else "no"
+            near = all(difference <= APART * halves for difference in apart[cell.name])
+            equal = "-" if "x1" in name else "yes" if same and near else "no"
             rows.append([name, *(f"{found['losses'][i]:.5f}" for i in (0, -1)), f"{apart[cell.name][0]:.1e}",
                          f"{max(apart[cell.name]):.1e}", "the same" if same else "others", equal])  # fmt: skip
         steps, config = len(plain["losses"]), cells[0].config
         text = f"Data x sequence, {cells[0].size} {cells[0].pattern}, {config.training.global_batch} sequences of "
-        text += f"{config.data.seq_len:,} tokens a step, {steps} steps. In halves: each pass as two, which changes nothing but the "
-        text += f"order of sums; losses count as equal if they are never farther from {cells[0].ranks}x1 than {APART:g} times that.\n\n"
+        text += f"{config.data.seq_len:,} tokens a step, {steps} steps. In halves: each pass as two, which changes nothing but "
+        text += f"the order of sums; losses count as equal if they are never farther from {cells[0].ranks}x1 than {APART:g} "
+        text += "times that.\n\n"
         head = ["mesh", "first loss", "last loss", "apart at step 1", "apart at most", "samples", "equal"]
         return text + harness.table(head, rows)
 

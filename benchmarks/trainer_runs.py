@@ -1,4 +1,4 @@
-"""The trainer as what is measured: made-up data for it, steps, checkpoints. `harness.run_ranks` gives the functions their ranks."""
+"""The trainer as what is measured: made-up data for it, steps, checkpoints. `harness.run_ranks` gives functions their ranks."""
 from __future__ import annotations
 
 import math
