@@ -235,9 +235,9 @@ def _rank(rank: int, world_size: int, port: int, folder: str, log: Path | None, 
     code = 0
     try:
         result = function(processes.start(), *arguments)
-        processes.stop()
         if rank == 0:
             Path(folder, "result").write_text(json.dumps(result))
+        processes.stop()
     except BaseException as error:
         code = 1
         Path(folder, f"{rank}.failed").write_text(one_line(error))

@@ -7,8 +7,9 @@
 
 All is measured on the trainer's own steps, in bf16, each cell of the table in processes of its own: one that fails is a line of
 the report, and the rest goes on. Results are added to a file of JSON lines as they come; with the same file the next call goes on
-with what is missing (a line that is removed is measured again). The most telling cells come first. Kernels are compiled in steps
-before those that are measured, by the first cell that needs them; Triton keeps them for the others.
+with what is missing (--again: and with what failed; FILE.work/logs has what its ranks printed). The most telling cells come
+first. Kernels are compiled in steps before those that are measured, by the first cell that needs them; Triton keeps them for the
+others.
 
 Data parallel, ZeRO-1, 2 and 3: 16k tokens a GPU and step, against one GPU, which has nothing to shard; checkpoints saved, and
 resumed at other numbers of ranks. One sequence shared by all GPUs: against as many tokens on one GPU, and against the cost model
@@ -257,9 +258,12 @@ class Results:
         os.fsync(self.file.fileno())
 
 
-def run(plan, cells: list[Cell], results: Results, deadline: float) -> list[Cell]:
-    """Measure the cells that are missing from the results, until time.monotonic() is `deadline`; those left over."""
+def run(plan, cells: list[Cell], results: Results, deadline: float, again: bool = False) -> list[Cell]:
+    """Measure the cells that are missing from the results, until time.monotonic() is `deadline`; those left over. again: those
+    that failed are missing too."""
     by_name = {cell.name: cell for cell in plan.cells}
+    if again:
+        results.found = {name: result for name, result in results.found.items() if "failed" not in result}
     missing = [cell for cell in cells if cell.name not in results.found]
     number = 0
     while missing:
@@ -291,7 +295,7 @@ def run(plan, cells: list[Cell], results: Results, deadline: float) -> list[Cell
         if not any(later.part == "resume" and later.against == saved_by for later in missing):
             plan.forget(cell)
         print(f"{said(result)}, {seconds:.0f} s; {max(0.0, deadline - time.monotonic()) / 60:.1f} min left", flush=True)
-    return missing
+    return [cell for cell in missing if cell.name not in results.found]
 
 
 def said(result: dict) -> str:
@@ -410,7 +414,8 @@ class Report:
 def about(ranks: int, small: bool) -> dict:
     name = "CPU"
     if harness.DEVICE == "cuda":  # asked without a context of our own on the device
-        name = harness.output_of(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()[0]
+        names = harness.output_of(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+        name = names[0] if names else "GPU"
     return {"ranks": ranks, "device": name, "small": small}
 
 
@@ -422,6 +427,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="results so far (default runs/scaling-xRANKS.jsonl)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure, for checkpoints (default: FILE.work)")
     parser.add_argument("--only", default="", metavar="REGEX", help="cells whose names it is found in")
+    parser.add_argument("--again", action="store_true", help="measure what failed once more")
     parser.add_argument("--small", action="store_true", help="a tiny model, for CPUs")
     harness.add_report_arguments(parser)
     arguments = parser.parse_args(given)
@@ -435,10 +441,10 @@ def main(given: list[str] | None = None) -> None:
     cells = [cell for cell in plan.cells if re.search(arguments.only, cell.name)]
     results = Results(path, about(ranks, arguments.small))
     print(f"{len(cells)} cells, {sum(c.name in results.found for c in cells)} of them in {path}", flush=True)
-    left = run(plan, cells, results, started + 60 * arguments.minutes)
-    if not left:
-        shutil.rmtree(folder, ignore_errors=True)
+    left = run(plan, cells, results, started + 60 * arguments.minutes, arguments.again)
     failed = [f"- {name}: {result['failed']}" for name, result in results.found.items() if "failed" in result]
+    if not left and not failed:  # else what the ranks printed may be asked for
+        shutil.rmtree(folder, ignore_errors=True)
     parts = Report(plan.cells, results.found).parts()
     parts.append("Failed:\n\n" + "\n".join(failed) if failed else "")
     parts.append("Not run: " + ", ".join(cell.name for cell in left) + "." if left else "")

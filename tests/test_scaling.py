@@ -63,6 +63,8 @@ def test_cells_that_fail(scaling, tmp_path, monkeypatch, capfd):
     late = scaling.Cell("hangs", "losses", 2, None)
     monkeypatch.setattr(scaling, "LEAST", 0.0)
     assert scaling.run(plan, [late], scaling.Results(tmp_path / "other", {}), time.monotonic() + 1) == [late], "cut, not failed"
+    assert scaling.run(plan, cells[:3], scaling.Results(path, {"ranks": 2}), 0.0) == []
+    assert scaling.run(plan, cells[:3], scaling.Results(path, {"ranks": 2}), 0.0, again=True) == cells[:2]
     with pytest.raises(scaling.UserError, match="line 1 says .*'ranks': 2.* name another file"):
         scaling.Results(path, {"ranks": 4})
 
