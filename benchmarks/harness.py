@@ -1,32 +1,47 @@
-"""What the benchmark scripts share: timing on the device, the card's ceilings, kernels by purpose,
+"""What the benchmark scripts share: timing on the device, the card's ceilings, kernels by purpose, processes that work together,
 markdown tables, `benchmarks/results.md`."""
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import pkgutil
 import platform
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
 
 import serpent_scale.kernels
+from serpent_scale.parallel.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.md"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else "cpu"
+os.environ["DS_ACCELERATOR"] = DEVICE  # DeepSpeed need not look for one
+# NVLink multicast hangs, or worse, on some hosts: off in NCCL, PyTorch and NVSHMEM.
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+PRELOADED = ["torch", "deepspeed", "serpent_scale.training.trainer", "torch._inductor.compile_fx"]
+LAST_WORDS = 5.0  # seconds that the other ranks have to say what they met, once one has failed
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,117 @@ def measure_ceilings(size: int | None = None) -> Ceilings:
     return Ceilings(2 * source.nbytes / copy.median * 1e3, 2 * n**3 / product.median * 1e3)
 
 
+def time_steps(step: Callable[[], object], warmup: int, steps: int) -> Spread:
+    """Wall time of a step of several ranks in ms, of the slowest."""
+    for _ in range(warmup):
+        step()
+    times = []
+    for _ in range(steps):
+        synchronize()
+        dist.barrier()
+        started = time.perf_counter()
+        step()
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    slowest = torch.tensor(times, device=DEVICE)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return Spread.of(slowest.tolist())
+
+
+class RanksFailed(RuntimeError):
+    """A rank failed: in one line, what of."""
+
+
+class RanksLate(RanksFailed):
+    """They were not done in time."""
+
+
+def run_ranks(world_size: int, function: Callable, *arguments, seconds: float, log: Path | None = None) -> Any:
+    """What `function(ranks, *arguments)` returns on rank 0 of so many fresh processes, one a device, of one host.
+
+    function: at the top of a module; what it returns: what JSON holds. seconds: the longest it may take. What the ranks print
+    goes to `log`, if given. Raises RanksFailed and leaves none of them behind.
+    """
+    context, port = _context(), free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_rank, args=(rank, world_size, port, folder, log, function, arguments), daemon=True)
+            for rank in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            late = _await(ranks, time.monotonic() + seconds)
+            failures = sorted(Path(folder).glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
+            if failures:
+                raise RanksFailed(failures[0].read_text())
+            died = [f"rank {rank} ended with exit code {p.exitcode}" for rank, p in enumerate(ranks) if p.exitcode]
+            if died:
+                raise RanksFailed(died[0] + (f", see {log}" if log else ""))
+            if late:
+                raise RanksLate(f"not done after {seconds:.0f} s")
+            return json.loads(Path(folder, "result").read_text())
+        finally:
+            for process in ranks:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+
+
+def _await(ranks: list, deadline: float) -> bool:
+    """Whether some still run at the deadline, which comes sooner once one has failed."""
+    failed = False
+    while running := [process.sentinel for process in ranks if process.is_alive()]:
+        if not failed and any(process.exitcode for process in ranks):
+            failed, deadline = True, min(deadline, time.monotonic() + LAST_WORDS)
+        if not multiprocessing.connection.wait(running, max(0.0, deadline - time.monotonic())):
+            return True
+    return False
+
+
+@cache
+def _context() -> multiprocessing.context.BaseContext:
+    """Forks ranks from a process that has imported the libraries, where the GPU's driver survives that: a rank then starts in
+    under a second."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # imports then ask the driver nothing
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    if DEVICE == "cuda":
+        trial = context.Process(target=torch.cuda.init, daemon=True)
+        trial.start()
+        trial.join()
+        if trial.exitcode:
+            return multiprocessing.get_context("spawn")
+    return context
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str, log: Path | None, function: Callable, arguments: tuple) -> None:
+    if log is not None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    os.environ |= NO_MULTICAST | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "DS_ACCELERATOR": DEVICE,  # the server may be another's, with other settings
+    }
+    torch.set_num_threads(1 if DEVICE == "cpu" else max(1, os.cpu_count() // world_size))
+    from serpent_scale.parallel import processes
+
+    code = 0
+    try:
+        result = function(processes.start(), *arguments)
+        if rank == 0:
+            Path(folder, "result").write_text(json.dumps(result))
+        processes.stop()
+    except BaseException as error:
+        code = 1
+        Path(folder, f"{rank}.failed").write_text(one_line(error))
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own end may abort, see processes.run_and_leave
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||; NaN if anything is not finite."""
     got, want = got.detach().double(), want.detach().double()
@@ -141,17 +267,17 @@ def hardware() -> str:
     if DEVICE == "cpu":
         return f"CPU, {versions}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = _output(query).splitlines()[:1] or ["unknown"]
+    driver = output_of(query).splitlines()[:1] or ["unknown"]
     return f"{torch.cuda.get_device_name()}, driver {driver[0]}, CUDA {torch.version.cuda}, {versions}"
 
 
 def commit() -> str:
     """Short hash of the checkout, marked where files differ from it."""
-    name = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
-    return name + (" with changes" if name and _output(["git", "-C", str(ROOT), "status", "--porcelain"]) else "") or "unknown"
+    name = output_of(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+    return name + (" with changes" if name and output_of(["git", "-C", str(ROOT), "status", "--porcelain"]) else "") or "unknown"
 
 
-def _output(command: list[str]) -> str:
+def output_of(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

@@ -4,36 +4,34 @@
     python benchmarks/sequence.py --ranks 2 --lengths 1048576 --checkpointing --append
     python benchmarks/sequence.py --size tiny --lengths 256 512 --steps 2        # on CPUs: tries the script
 
-Each world is started anew, one process a device, over NCCL or gloo. A training step is the trainer's: DeepSpeed's engine at
-ZeRO-1, bf16 autocast, AdamW, one sequence of random tokens a step. The layer is a Mamba layer, forward and backward, in bf16;
-its all-to-all form is how a layer is shared by heads: tokens are exchanged for channels before the convolution and back after
-the gate.
+Each measurement has processes of its own, one a device, over NCCL or gloo. A training step is the trainer's, one sequence of
+made-up data a step. The layer is a Mamba layer, forward and backward, in bf16; its all-to-all form is how a layer is shared by
+heads: tokens are exchanged for channels before the convolution and back after the gate.
 """
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import harness
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import trainer_runs
 from harness import Spread
 from step import SIZES, VOCABULARY
 from torch import Tensor
 
-from serpent_scale.config import parse_config
+from serpent_scale.config import ModelConfig, parse_config
 from serpent_scale.kernels.causal_conv1d import causal_conv1d
 from serpent_scale.kernels.selective_scan import selective_scan
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba
-from serpent_scale.parallel import processes
-from serpent_scale.parallel.ports import free_port
+
+LIMIT = 600.0  # seconds for one measurement
 
 
 class AllToAll(torch.autograd.Function):
@@ -82,64 +80,14 @@ def all_to_all_layer(mixer: Mamba, x: Tensor) -> Tensor:
     return mixer.out_proj(AllToAll.apply(y, False))
 
 
-def time_steps(step, warmup: int, steps: int) -> Spread:
-    """Wall time of a step in ms, of the slowest rank."""
-    for _ in range(warmup):
-        step()
-    times = []
-    for _ in range(steps):
-        harness.synchronize()
-        dist.barrier()
-        started = time.perf_counter()
-        step()
-        harness.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    slowest = torch.tensor(times, device=harness.DEVICE)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return Spread.of(slowest.tolist())
-
-
 def train(ranks, arguments, length: int) -> dict:
-    from serpent_scale.model.language_model import LanguageModel
-    from serpent_scale.parallel.sequence import Sequence, load
-    from serpent_scale.training.engine import build_engine, loss_divisor
-
     d_model, layers = SIZES[arguments.size]
-    config = parse_config({
-        "data": {"seq_len": length}, "parallel": {"sequence": ranks.world_size},
-        "model": {"vocab_size": VOCABULARY, "d_model": d_model, "n_layers": layers, "pattern": arguments.pattern},
-        "training": {"max_steps": 1000, "global_batch": 1, "micro_batch": 1, "zero_stage": arguments.zero_stage,
-                     "activation_checkpointing": arguments.checkpointing},
-    })
-    torch.manual_seed(0)
-    if harness.DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model = LanguageModel(config.model, arguments.checkpointing).to(ranks.device)
-    engine, _ = build_engine(model, config, ranks)
-    tokens = torch.randint(VOCABULARY, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(ranks.device)
-    tokens, labels, documents = tokens[:, :-1], tokens[:, 1:], Documents.whole(1, length, ranks.device)
-    sequence = None
-    if ranks.world_size > 1:
-        sequence = Sequence(ranks.world_size, ranks.world_size, ranks.device)
-        own = sequence.own(length)
-        tokens, labels, documents = tokens[:, own].contiguous(), labels[:, own].contiguous(), sequence.shard(documents)
-
-    def step() -> None:
-        loss, _ = engine(tokens, documents, labels)
-        engine.backward(loss / loss_divisor(config))
-        engine.step()
-
-    spread = time_steps(step, arguments.warmup, arguments.steps)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if harness.DEVICE == "cuda" else float("nan")
-    traffic, emitted = (0, 0), 1.0
-    if sequence is not None:
-        done = arguments.warmup + arguments.steps
-        counts = torch.zeros(ranks.world_size, dtype=torch.float64, device=ranks.device)
-        counts[ranks.rank] = sequence.elements
-        emitted = load(processes.all_reduce_sum(counts).tolist(), ranks.world_size) if counts.any() else 1.0
-        traffic = sequence.ring.traffic.bytes // done, sequence.ring.traffic.exchanges // done
-    engine.destroy()
-    return {"ms": vars(spread), "gib": gib, "bytes": traffic[0], "exchanges": traffic[1], "load": emitted}
+    model = ModelConfig(vocab_size=VOCABULARY, d_model=d_model, n_layers=layers, pattern=arguments.pattern)
+    config = trainer_runs.configure(
+        model, arguments.data, seq_len=length, global_batch=1, micro_batch=1, sequence=ranks.world_size,
+        zero_stage=arguments.zero_stage, checkpointing=arguments.checkpointing,
+    )
+    return trainer_runs.measure(ranks, config, arguments.warmup, arguments.steps)
 
 
 def layer(ranks, arguments, length: int) -> dict:
@@ -172,44 +120,21 @@ def layer(ranks, arguments, length: int) -> dict:
             return y.detach()
 
         outputs.append(step())
-        found[name] = vars(time_steps(step, arguments.warmup, arguments.steps))
+        found[name] = vars(harness.time_steps(step, arguments.warmup, arguments.steps))
     return found | {"apart": harness.relative_error(*outputs)}
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """One rank: a line of JSON for every length, from rank 0."""
-    ranks = processes.start()
-    for length in arguments.lengths:
-        for what in (train, layer) if ranks.world_size > 1 and not arguments.checkpointing else (train,):
-            try:
-                result = what(ranks, arguments, length)
-            except torch.OutOfMemoryError as error:
-                result = {"failed": harness.one_line(error)}
-            if ranks.rank == 0:
-                case = {"what": what.__name__, "ranks": ranks.world_size, "length": length}
-                print("RESULT " + json.dumps(case | result), flush=True)
-    processes.stop()
-
-
-def start(world_size: int) -> list[dict]:
-    """This script on each of `world_size` ranks; what they found."""
-    port = free_port()
-    running = []
-    for rank in range(world_size):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        if harness.DEVICE == "cpu":
-            env["DS_ACCELERATOR"] = "cpu"
-        out = subprocess.PIPE if rank == 0 else None
-        running.append(subprocess.Popen([sys.executable, *sys.argv], env=env, text=True, stdout=out))
+def start(world_size: int, arguments: argparse.Namespace) -> list[dict]:
+    """What so many ranks find at each length."""
     found = []
-    for line in running[0].stdout:
-        if line.startswith("RESULT "):
-            found.append(json.loads(line[7:]))
-            print(line.strip(), flush=True)
-    for process in running:
-        if process.wait():
-            raise SystemExit(f"a rank of {world_size} failed with exit code {process.returncode}")
+    for length in arguments.lengths:
+        for what in (train, layer) if world_size > 1 and not arguments.checkpointing else (train,):
+            try:
+                result = harness.run_ranks(world_size, what, arguments, length, seconds=LIMIT)
+            except harness.RanksFailed as error:
+                result = {"failed": str(error)}
+            found.append({"what": what.__name__, "ranks": world_size, "length": length, **result})
+            print(json.dumps({key: value for key, value in found[-1].items() if key != "losses"}), flush=True)
     return found
 
 
@@ -226,7 +151,7 @@ def tables(found: list[dict]) -> list[str]:
             f"{length:,}", str(ranks), f"{speed:,.0f}", Spread(**r["ms"]).text(lambda v: f"{v:.1f}"), efficiency,
             f"{r['gib']:.1f}", str(r["exchanges"]), f"{r['bytes'] / 1e6:.2f}", f"{r['load']:.3f}",
         ])  # fmt: skip
-    head = ["tokens a sequence", "ranks", "tokens/s", "ms per step", "efficiency", "peak GiB of rank 0", "exchanges a step",
+    head = ["tokens a sequence", "ranks", "tokens/s", "ms per step", "efficiency", "peak GiB", "exchanges a step",
             "MB sent by rank 0", "emitted, largest / mean"]  # fmt: skip
     parts = [harness.table(head, rows)]
     layers = [
@@ -249,14 +174,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144], help="tokens a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10, help="steps measured")
+    parser.add_argument("--steps", type=int, default=10, help="steps measured, at most")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     harness.add_report_arguments(parser)
     arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        work(arguments)
-        return
-    found = [result for world_size in arguments.ranks for result in start(world_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.data = trainer_runs.write_data(Path(folder), VOCABULARY, max(arguments.lengths))
+        found = [result for world_size in arguments.ranks for result in start(world_size, arguments)]
     recomputed = ", activations recomputed" if arguments.checkpointing else ""
     title = f"Shared sequences, {arguments.size}, {' and '.join(arguments.pattern)}, ZeRO-{arguments.zero_stage}{recomputed}"
     harness.report(title, tables(found), arguments)
