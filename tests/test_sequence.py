@@ -27,19 +27,31 @@ CASES = {
     "serpent around attention": dict(pattern=["serpent", "attention"], inner="attention", length=203),
     "attention in short shards": dict(pattern=["serpent"], inner="attention", horizon=0.5, length=27),
     "halos over several shards": dict(pattern=["serpent", "serpent"], horizon=0.5, length=27),
+    "run": dict(pattern=["mamba", "serpent"], depth=3, rates=[0.5], length=151),
+    "run of several rates": dict(pattern=["serpent"], depth=2, length=101),
+    "run in short shards": dict(pattern=["serpent"], depth=2, horizon=0.5, length=27),
+    "run of mamba2": dict(pattern=["serpent"], inner="mamba2", depth=2, rates=[0.5], length=101),
+    "run of s4d": dict(pattern=["serpent"], inner="s4d", depth=2, length=83),
+    "run of s5": dict(pattern=["serpent"], inner="s5", depth=2, length=83),
+    "run of attention": dict(pattern=["serpent"], inner="attention", depth=2, length=83),
+    "segment mean": dict(pattern=["serpent"], window="segment_mean", length=101),
+    "pointwise window": dict(pattern=["serpent"], window="pointwise", length=101),
+    "hold": dict(pattern=["serpent"], restore="hold", length=83),
+    "stride": dict(pattern=["serpent"], clock="stride", rates=[0.5, 0.25], length=83),
     "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),
     "uniform clock": dict(pattern=["serpent"], length=101, clock="uniform", rates=[0.5], decompress_taps=1),
     "activation checkpointing": dict(pattern=["mamba", "s4d", "s5", "attention"] * 2 + ["serpent"], length=53, checkpointing=True),
     "float32": dict(pattern=["serpent", "mamba", "s4d", "s5", "attention"], length=203, dtype=torch.float32),
 }
 WORLDS = (2, 3, 4)
-KINDS = ["mamba"], ["mamba2"], ["s4d"], ["s5"], ["serpent"]
+KINDS = *({"pattern": [mixer]} for mixer in ("mamba", "mamba2", "s4d", "s5", "serpent")), dict(pattern=["serpent"], depth=3)
 
 
 def build(pattern, length=0, rows=2, dtype=torch.float64, checkpointing=False, slow=False, inner="mamba", convolution="chunks", **settings):
     """A small model whose clocks and read-outs are not at their plain start."""
+    n_layers = len(pattern) + pattern.count("serpent") * (settings.get("depth", 1) - 1)
     config = parse_config({
-        "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": len(pattern), "pattern": pattern,
+        "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": n_layers, "pattern": pattern,
                   "mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "head_dim": 4},
                   "s4d": {"d_state": 6, "dt_min": 0.01, "convolution": convolution}, "s5": {"d_state": 8, "n_blocks": 2, "dt_min": 0.01},
                   "attention": {"head_dim": 4, "queries_per_key": 2},
@@ -74,11 +86,11 @@ def sample(length, rows=2, seed=0):
 
 
 class Emissions(list):
-    """Which tokens emit (B, L), at every call of `compress`. A clock that was carried on sees outputs before its first, so
+    """Which tokens emit (B, L), at every call of `compress_beside`. A clock that was carried on sees outputs before its first, so
     `decompress` must be given some: a kernel would read what lies before them in memory."""
 
     def __enter__(self):
-        self.original = *compress, decompress = serpent.compress, serpent.compress_beside, serpent.decompress
+        self.original = compress, decompress = serpent.compress_beside, serpent.decompress
         carried = {}
 
         def spy(original, u, *arguments):
@@ -92,11 +104,11 @@ class Emissions(list):
             assert tail is not None or not carried[id(clock.newest)]
             return decompress(y, basis, clock, sampling, tail)
 
-        serpent.compress, serpent.compress_beside, serpent.decompress = *(partial(spy, original) for original in compress), check
+        serpent.compress_beside, serpent.decompress = partial(spy, compress), check
         return self
 
     def __exit__(self, *_):
-        serpent.compress, serpent.compress_beside, serpent.decompress = self.original
+        serpent.compress_beside, serpent.decompress = self.original
 
 
 def tensors(value):
@@ -208,9 +220,11 @@ def test_no_output_before_a_changed_token_moves_by_a_bit(world_size):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_layer_makes_at_most_two_exchanges_forward_and_two_backward(world_size):
+    """A run of layers on one compressed stream one for each, and one before them."""
     for name, case in CASES.items():
         # Without a convolution or a clock nothing is to be told before the states.
         exchanges = sum(1 if mixer in ("s4d", "s5", "attention") else 2 for mixer in case["pattern"])
+        exchanges += case["pattern"].count("serpent") * (case.get("depth", 1) - 1)
         recomputed = exchanges if case.get("checkpointing") else 0
         assert results(world_size)[0][name][5] == (exchanges, exchanges + recomputed), name
 
@@ -220,8 +234,8 @@ def traffic_of(processes, lengths):
 
     sequence, found = Sequence(processes.world_size, processes.world_size, processes.device), []
     for length in lengths:
-        for pattern in KINDS:
-            model, own = build(pattern), sequence.own(length)
+        for kind in KINDS:
+            model, own = build(**kind), sequence.own(length)
             tokens, labels, documents = sample(length)
             before = sequence.ring.traffic.bytes
             model(tokens[:, own], sequence.shard(documents), labels[:, own])[0].backward()

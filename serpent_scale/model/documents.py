@@ -72,7 +72,7 @@ class Documents:
     def around(self, before: int) -> Documents:
         """Those of a shard's tokens and of the `before` tokens that precede them, which another shard holds."""
         begin, length = self.shard.begin, self.reset.shape[1]
-        return self.shard.whole.part(begin - before, begin + length)
+        return self.shard.whole.part(begin - before, begin + length, self.shard)
 
     def capacity(self, rate: int, band: int, ticks: int) -> int:
         """Slots enough for the elements any row can emit with a clock of `rate` ticks a token that keeps within `band` ticks.
@@ -88,7 +88,7 @@ class Shard:
 
     whole: the documents of the rows; begin: the rows' token that is the piece's first; number: the piece's among all.
     sizes(): slots in which each of the pieces holds what is its own, of tokens or of the elements of a branch.
-    mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.begin_all`.
+    mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.rounds`.
     emitted(n (B,) int64): told how many elements each branch of a SeRpEnt layer emitted at this piece's tokens.
     """
 

@@ -1,7 +1,7 @@
 """What a mixer is to the stack, to SeRpEnt and to the accounting. `mixers.py` knows them by name."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ class Mixer(nn.Module):
         """What each mixer, all of this class, makes of its own rows from no state; in common launches where the class has some."""
         return [mixer(x, d) for mixer, x, d in zip(mixers, xs, documents)]
 
-    # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in three parts,
+    # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in parts,
     # between which the shards' holders exchange what each needs of the others.
 
     @property
@@ -86,12 +86,13 @@ class Mixer(nn.Module):
         """(len(ends), ...) int64: what shards after this one must know of its first `end` tokens, for each of ends."""
         return None
 
-    def begin_all(
+    def rounds(
         self, x: Tensor, before: Tensor, outlines: list[Tensor], documents: Documents, state: Any = None
-    ) -> tuple[list[Begun], Callable[[list], tuple[Tensor, Any]]]:
-        """The scans of the layer, and how its outputs and its state follow from what they finish with. outlines: the earlier
-        shards', in order."""
-        return [self.begin(x, before, documents, state)], lambda finished: finished[0]
+    ) -> Generator[list[Begun], list[tuple[Tensor, Any]], tuple[Tensor, Any]]:
+        """The layer on a shard: yields what has begun and waits for an exchange, is sent what that finished with, and so on, and
+        returns outputs and state. outlines: the earlier shards', in order."""
+        finished = yield [self.begin(x, before, documents, state)]
+        return finished[0]
 
     @staticmethod
     def width(d_model: int, config: Any) -> int:

@@ -1,6 +1,6 @@
 """Sequence parallelism: each sequence is cut into contiguous shards, one a rank, over a mesh of data x sequence.
 
-A mixer's forward pass comes in parts (`Mixer.begin_all`) between which ranks make two exchanges; parameters and the optimizer
+A mixer's forward pass comes in parts (`Mixer.rounds`) between which ranks make exchanges; parameters and the optimizer
 know nothing of it: to DeepSpeed all ranks are data-parallel ones.
 """
 from __future__ import annotations
@@ -48,9 +48,14 @@ class Sequence:
         ends = [min(max(0, border - reach), end) - begin for border in borders[:-1]]
         outline = mixer.outline(x, documents, [max(0, n) for n in ends])
         x, before, outlines = RowsBefore.apply(x, ring, borders, reach, outline)
-        begun, join = mixer.begin_all(x, before, [] if outlines is None else list(outlines), documents, state)
-        form = self._tell if isinstance(begun[0].phases, Told) else self._pass
-        return join([part.finish(*ran) for part, ran in zip(begun, form(begun))])
+        rounds = mixer.rounds(x, before, [] if outlines is None else list(outlines), documents, state)
+        begun = next(rounds)
+        while True:
+            exchange = self._tell if isinstance(begun[0].phases, Told) else self._pass
+            try:
+                begun = rounds.send([part.finish(*ran) for part, ran in zip(begun, exchange(begun))])
+            except StopIteration as end:
+                return end.value
 
     def _tell(self, begun: list[Begun]) -> list[tuple]:
         told = [part.phases for part in begun]
