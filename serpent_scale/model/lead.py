@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -23,12 +22,14 @@ from serpent_scale.model.mixer import Begun, Mixer, at_slots
 class Elements:
     """Elements of a shard's tokens and of the tokens before it, in S slots a row, those in use first.
 
-    documents: of the slots; tokens: of the tokens, with the shard that the last of them are; emitted(n): (B,) int64 elements of
-    the first n tokens, of 0 if n < 0; room(documents): slots enough for the elements of such tokens.
+    documents: of the slots; tokens: of the tokens, with the shard that the last of them are; emitter (B, S) int: the one that
+    each slot is of; emitted(n): (B,) int64 elements of the first n tokens, of 0 if n < 0; room(documents): slots enough for the
+    elements of such tokens.
     """
 
     documents: Documents
     tokens: Documents
+    emitter: Tensor
     emitted: Callable[[int], Tensor]
     room: Callable[[Documents], int]
 
@@ -36,20 +37,23 @@ class Elements:
     def all_tokens(cls, tokens: Documents) -> Elements:
         batch, length = tokens.reset.shape
         count = lambda n: torch.full((batch,), max(0, n), device=tokens.reset.device)
-        return cls(replace(tokens, n_live=count(length), shard=None), tokens, count, lambda part: part.reset.shape[1])
+        at = torch.arange(length, device=tokens.reset.device).expand(batch, -1)
+        return cls(replace(tokens, n_live=count(length), shard=None), tokens, at, count, tokens.shard.room)
 
     def begin(self, mixer: Mixer, x: Tensor, lead: int, state: Any) -> Begun:
         """x (B, S, d). Outputs (B, S, d_out) are those of the elements from `lead` tokens before the shard on, where inputs are
         right from the mixer's reach before those on; the others are finite."""
         shard, end = self.tokens.shard, self.tokens.reset.shape[1]
-        own = end - shard.sizes()[shard.number]
+        own = end - (shard.borders[shard.number + 1] - shard.begin)
         first, last = self.emitted(own - lead), self.emitted(end - lead)
         slot, elements = torch.arange(x.shape[1], device=x.device), self.documents
-        live = (slot >= first[:, None]) & (slot < last[:, None])
-        begun = mixer.begin(x, x[:, :0], replace(
-            elements, reset=elements.reset & live, live=live, n_live=last,
-            shard=replace(shard, sizes=lambda: self._sizes(shard, lead)),
-        ), state)  # fmt: skip
+        until = last if mixer.has_phases else elements.in_use
+        live = (slot >= first[:, None]) & (slot < until[:, None])
+        shard = replace(shard, lead=lead, room=self.room, tokens=shard.begin - own + self.emitter.long())
+        documents = replace(elements, reset=elements.reset & live, live=live, n_live=until, shard=shard)
+        begun = mixer.begin(x, x[:, :0], documents, state)
+        if not mixer.has_phases:
+            return begun
         at_end = self.tokens.part(max(0, end - lead), end)
 
         def finish(*ran: Tensor) -> tuple[Tensor, Any]:
@@ -66,8 +70,3 @@ class Elements:
             return y.scatter(1, tail[..., None].expand_as(y_tail), y_tail.to(y.dtype)), state
 
         return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
-
-    def _sizes(self, shard, lead: int) -> tuple[int, ...]:
-        """Room for the elements that each shard scans: of its tokens, a lead earlier."""
-        ends = [max(0, token - lead) for token in accumulate(shard.sizes(), initial=0)]
-        return tuple(self.room(shard.whole.part(begin, end)) for begin, end in pairwise(ends))

@@ -138,7 +138,7 @@ class Branch(nn.Module):
         x, elements, clock, window, _ = self.compress(u, around, window, spare)
         emitted = partial(_emitted, clock)
         documents.shard.emitted(clock.n_live - emitted(before))
-        line = Elements(elements, around, emitted, self.slots)
+        line = Elements(elements, around, clock.emitter, emitted, self.slots)
         y, inner = yield from _rounds(self.inner, line, x, self.lead, self._slowest, inner)
         # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
         earlier = y.new_zeros(len(y), self.sampling.readout_taps, y.shape[2]) if start > 0 else outputs
