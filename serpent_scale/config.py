@@ -601,15 +601,16 @@ def _check_shards(config: Config) -> None:
     length = min(stage.seq_len for stage in config.samples.stages)
     halos, used = {}, set(model.pattern)
     if "serpent" in used:
-        for key, sharded in (("clock", "learned or uniform"), ("window", "integrated"), ("restore", "readout"), ("depth", "1"),
-                             ("teach", "durations")):  # fmt: skip
+        for key, sharded in (("clock", "learned, uniform or stride"), ("teach", "durations")):
             value = str(getattr(model.serpent, key))
-            if value not in sharded.split(" or "):
+            if value not in sharded.replace(" or ", ", ").split(", "):
                 raise UserError(f"parallel.sequence={parts}: model.serpent.{key}={value} has no form for shards of a sequence; "
                                 f"set parallel.sequence=1 or model.serpent.{key} to {sharded}")  # fmt: skip
         used.add(model.serpent.inner)
         slowest = min((rate for rate in model.serpent.rates if rate != 1), default=1)
-        halos["SeRpEnt's window"] = math.ceil(model.serpent.horizon * model.serpent.spread / slowest)
+        spread = 1 if model.serpent.clock == "stride" else model.serpent.spread
+        tokens = {"integrated": math.ceil(model.serpent.horizon * spread / slowest), "segment_mean": math.ceil(spread / slowest)}
+        halos["SeRpEnt's window"] = tokens.get(model.serpent.window, 2)
     for name in used & set(MIXERS):
         halos[f"{name}'s convolution"] = getattr(getattr(model, name), "d_conv", 1) - 1
     what, need = max(halos.items(), key=lambda item: item[1])

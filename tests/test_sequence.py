@@ -10,6 +10,7 @@ from serpent_scale.model import serpent
 from serpent_scale.model.attention import AttentionState
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.parallel.attention import steps
 
 VOCABULARY = 29
 SLOW = dict(rates=[0.25], horizon=0.5, band=16.0)  # and a clock that runs at half its rate: 8 tokens between emissions
@@ -27,19 +28,31 @@ CASES = {
     "serpent around attention": dict(pattern=["serpent", "attention"], inner="attention", length=203),
     "attention in short shards": dict(pattern=["serpent"], inner="attention", horizon=0.5, length=27),
     "halos over several shards": dict(pattern=["serpent", "serpent"], horizon=0.5, length=27),
+    "run": dict(pattern=["mamba", "serpent"], depth=3, rates=[0.5], length=151),
+    "run of several rates": dict(pattern=["serpent"], depth=2, length=101),
+    "run in short shards": dict(pattern=["serpent"], depth=2, horizon=0.5, length=27),
+    "run of mamba2": dict(pattern=["serpent"], inner="mamba2", depth=2, rates=[0.5], length=101),
+    "run of s4d": dict(pattern=["serpent"], inner="s4d", depth=2, length=83),
+    "run of s5": dict(pattern=["serpent"], inner="s5", depth=2, length=83),
+    "run of attention": dict(pattern=["serpent"], inner="attention", depth=2, length=83),
+    "segment mean": dict(pattern=["serpent"], window="segment_mean", length=101),
+    "pointwise window": dict(pattern=["serpent"], window="pointwise", length=101),
+    "hold": dict(pattern=["serpent"], restore="hold", length=83),
+    "stride": dict(pattern=["serpent"], clock="stride", rates=[0.5, 0.25], length=83),
     "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),
     "uniform clock": dict(pattern=["serpent"], length=101, clock="uniform", rates=[0.5], decompress_taps=1),
     "activation checkpointing": dict(pattern=["mamba", "s4d", "s5", "attention"] * 2 + ["serpent"], length=53, checkpointing=True),
     "float32": dict(pattern=["serpent", "mamba", "s4d", "s5", "attention"], length=203, dtype=torch.float32),
 }
 WORLDS = (2, 3, 4)
-KINDS = ["mamba"], ["mamba2"], ["s4d"], ["s5"], ["serpent"]
+KINDS = *({"pattern": [mixer]} for mixer in ("mamba", "mamba2", "s4d", "s5", "serpent")), dict(pattern=["serpent"], depth=3)
 
 
 def build(pattern, length=0, rows=2, dtype=torch.float64, checkpointing=False, slow=False, inner="mamba", convolution="chunks", **settings):
     """A small model whose clocks and read-outs are not at their plain start."""
+    n_layers = len(pattern) + pattern.count("serpent") * (settings.get("depth", 1) - 1)
     config = parse_config({
-        "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": len(pattern), "pattern": pattern,
+        "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": n_layers, "pattern": pattern,
                   "mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "head_dim": 4},
                   "s4d": {"d_state": 6, "dt_min": 0.01, "convolution": convolution}, "s5": {"d_state": 8, "n_blocks": 2, "dt_min": 0.01},
                   "attention": {"head_dim": 4, "queries_per_key": 2},
@@ -74,11 +87,11 @@ def sample(length, rows=2, seed=0):
 
 
 class Emissions(list):
-    """Which tokens emit (B, L), at every call of `compress`. A clock that was carried on sees outputs before its first, so
+    """Which tokens emit (B, L), at every call of `compress_beside`. A clock that was carried on sees outputs before its first, so
     `decompress` must be given some: a kernel would read what lies before them in memory."""
 
     def __enter__(self):
-        self.original = *compress, decompress = serpent.compress, serpent.compress_beside, serpent.decompress
+        self.original = compress, decompress = serpent.compress_beside, serpent.decompress
         carried = {}
 
         def spy(original, u, *arguments):
@@ -92,11 +105,11 @@ class Emissions(list):
             assert tail is not None or not carried[id(clock.newest)]
             return decompress(y, basis, clock, sampling, tail)
 
-        serpent.compress, serpent.compress_beside, serpent.decompress = *(partial(spy, original) for original in compress), check
+        serpent.compress_beside, serpent.decompress = partial(spy, compress), check
         return self
 
     def __exit__(self, *_):
-        serpent.compress, serpent.compress_beside, serpent.decompress = self.original
+        serpent.compress_beside, serpent.decompress = self.original
 
 
 def tensors(value):
@@ -147,7 +160,7 @@ def _sharded(sequence, length, rows=2, **case):
     tokens, labels, documents = sample(length, rows)
     before = traffic.exchanges
     with Emissions() as fired:
-        loss, states = model(tokens[:, own], sequence.shard(documents), labels[:, own])
+        loss, _ = model(tokens[:, own], sequence.shard(documents), labels[:, own])
         fired = [emits[:, own.start - own.stop :] for emits in fired]
     forward = traffic.exchanges
     loss.backward()
@@ -155,9 +168,9 @@ def _sharded(sequence, length, rows=2, **case):
     total = loss.detach().clone()
     for tensor in (total, *gradients(model).values()):
         torch.distributed.all_reduce(tensor)
-    states = sequence.last_states(_detached(states))
     later, later_labels, later_documents = sample(length, rows, seed=1)
     with torch.no_grad():
+        states = sequence.last_states(model(tokens[:, own], sequence.shard(documents, carried=True))[1])
         continued, _ = model(later[:, own], sequence.shard(later_documents), later_labels[:, own], states, per_token=True)
         plain = model(tokens[:, own], sequence.shard(documents))[0]
         changed = tokens.clone()
@@ -208,11 +221,19 @@ def test_no_output_before_a_changed_token_moves_by_a_bit(world_size):
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_a_layer_makes_at_most_two_exchanges_forward_and_two_backward(world_size):
+    """A run of layers on one compressed stream one for each, and one before them. Attention: one for each of the steps in which
+    blocks come, and one for each in which something goes back."""
+    halves, others = world_size // 2, (world_size - 1) // 2
     for name, case in CASES.items():
-        # Without a convolution or a clock nothing is to be told before the states.
-        exchanges = sum(1 if mixer in ("s4d", "s5", "attention") else 2 for mixer in case["pattern"])
-        recomputed = exchanges if case.get("checkpointing") else 0
-        assert results(world_size)[0][name][5] == (exchanges, exchanges + recomputed), name
+        forward = backward = 0
+        for mixer in case["pattern"]:
+            inner, depth = (case.get("inner", "mamba"), case.get("depth", 1)) if mixer == "serpent" else (mixer, 1)
+            # Without a convolution or a clock nothing is to be told before the states.
+            first = mixer == "serpent" or mixer.startswith("mamba")
+            forward += first + depth * (halves + others if inner == "attention" else 1)
+            backward += first + depth * (2 * halves if inner == "attention" else 1)
+        recomputed = forward if case.get("checkpointing") else 0
+        assert results(world_size)[0][name][5] == (forward, backward + recomputed), name
 
 
 def traffic_of(processes, lengths):
@@ -220,8 +241,8 @@ def traffic_of(processes, lengths):
 
     sequence, found = Sequence(processes.world_size, processes.world_size, processes.device), []
     for length in lengths:
-        for pattern in KINDS:
-            model, own = build(pattern), sequence.own(length)
+        for kind in KINDS:
+            model, own = build(**kind), sequence.own(length)
             tokens, labels, documents = sample(length)
             before = sequence.ring.traffic.bytes
             model(tokens[:, own], sequence.shard(documents), labels[:, own])[0].backward()
@@ -232,3 +253,50 @@ def traffic_of(processes, lengths):
 def test_bytes_do_not_depend_on_length():
     for found in run_ranks(2, traffic_of, [200, 800]):
         assert found[: len(KINDS)] == found[len(KINDS) :] and min(found) > 0
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_attention_is_shared_evenly(size):
+    """Each pair of shards once, one a rank in each step; no rank does more than 1 + 1 / P times the mean."""
+    pairs = [pair for step in steps(size) for pair in step]
+    assert sorted(pair[:2] for pair in pairs) == [(later, earlier) for later in range(size) for earlier in range(later)]
+    assert all(len({at for _, _, at in step}) == len(step) for step in steps(size))
+    assert all(at in (later, earlier) for later, earlier, at in pairs)
+    work = [0.5 + sum(at == rank for _, _, at in pairs) for rank in range(size)]
+    assert max(work) <= (1 + 1 / size) * sum(work) / size
+
+
+def traffic_of_attention(processes, cases):
+    """Bytes of the forward and of the backward pass, and bytes kept, for documents of these lengths in one row."""
+    from serpent_scale.parallel.sequence import Sequence
+
+    sequence, found = Sequence(processes.world_size, processes.world_size, processes.device), []
+    for lengths in cases:
+        model, (own, traffic) = build(["attention"]), (sequence.own(sum(lengths)), sequence.ring.traffic)
+        tokens, reset = torch.zeros(1, sum(lengths), dtype=torch.int64), torch.zeros(1, sum(lengths), dtype=torch.bool)
+        reset[0, [sum(lengths[:i]) for i in range(len(lengths))]] = True
+        marks, kept = [traffic.bytes], {}
+        keep = lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss, _ = model(tokens[:, own], sequence.shard(Documents(reset, (lengths,))), tokens[:, own])
+        marks.append(traffic.bytes)
+        loss.backward()
+        found.append([marks[1] - marks[0], traffic.bytes - marks[1], sum(t.untyped_storage().nbytes() for t in kept.values())])
+    return found
+
+
+def test_bytes_of_attention_are_those_of_the_tokens_that_share_a_document():
+    """As docs/sequence_parallel.md counts them, of three ranks in float64."""
+    short, long, apart, half = (96,), (384,), (32, 32, 32), (48, 48)
+    ranks = run_ranks(3, traffic_of_attention, [short, long, apart, half])
+    assert ranks[0][0][2] == ranks[2][0][2], "the last rank keeps no more than the first"
+    sent = torch.tensor(ranks)[..., :2].sum(0)  # (cases, 2)
+    mixer = build(["attention"]).blocks[0].mixer
+    heads, queries, keys = mixer.n_heads, mixer.n_heads * mixer.head_dim, mixer.n_groups * mixer.head_dim
+    assert queries == 2 * keys
+    for case, tokens in zip(sent, (32, 128)):  # two pairs of neighbours, whose keys travel; the first rank helps the last
+        rows = 2 * 2 * keys + 2 * queries + heads, 2 * 4 * keys + 4 * queries + heads
+        assert case.tolist() == [8 * tokens * n for n in rows]
+    assert not sent[2].any()
+    # The border at token 48 is in the second shard: 32 keys before it are asked by 16 queries, 16 after it by 32.
+    assert sent[3].tolist() == [8 * (32 + 16) * 2 * keys, 8 * (32 + 16) * 4 * keys]

@@ -116,7 +116,7 @@ def test_carried_states_see_whole_documents_whoever_shares_them(trained):
 
 
 def combine(processes, folder):
-    """Activation checkpointing and bf16; then a wrong divisor, which the trial must find."""
+    """Activation checkpointing and bf16; a run on a compressed stream; then a wrong divisor, which the trial must find."""
     from serpent_scale.training import engine
     from serpent_scale.training.trainer import Trainer
 
@@ -125,6 +125,12 @@ def combine(processes, folder):
         settings = config(folder, 2, 3, precision=precision, activation_checkpointing=True)
         trainer = Trainer(settings, processes, "auto")
         found[precision] = steps(trainer, 2)
+        trainer.engine.destroy()
+    for sequence in (1, 2):
+        settings = config(folder, sequence, 3)
+        settings.model.serpent.depth, settings.model.n_layers = 3, 4
+        trainer = Trainer(settings, processes, "auto")
+        found["run", sequence] = steps(trainer, 2)
         trainer.engine.destroy()
     right = engine.loss_divisor
     engine.loss_divisor = lambda config: right(config) * config.parallel.sequence
@@ -140,6 +146,7 @@ def test_checkpointing_and_bf16_and_the_trial(trained, workplace):
         close(rank["fp32"], trained[2, 1][0][3], 2e-5)
         for (loss, norm, _), (wanted, wanted_norm, _) in zip(rank["bf16"][0], trained[2, 1][0][3][0]):
             assert loss == pytest.approx(wanted, rel=5e-3) and norm == pytest.approx(wanted_norm, rel=0.1)
+        close(rank["run", 2], rank["run", 1], 2e-5)
         assert "gradient norm of a trial step" in rank["refused"] and "parallel.sequence=2" in rank["refused"]
 
 

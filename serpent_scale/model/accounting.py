@@ -66,9 +66,6 @@ def _activation_bytes(config: Config, device: str) -> float:
     model, rows, length = config.model, config.training.micro_batch, config.shard_len
     names, on_cpu = model.layers, device == "cpu"
     kept = {name: (_saved_bytes if on_cpu else _kernels_bytes)(name, config) for name in set(names)}
-    earlier, itemsize = (config.parallel.sequence - 1) * length, 2 if config.training.precision == "bf16" else 4
-    for name in kept:  # of the last shard, which has most before it
-        kept[name] += rows * earlier * mixers.kept_of_earlier(name, model, itemsize)
     stream = 4 * rows * length * model.d_model
     if config.training.activation_checkpointing:
         size = recomputed_together(len(names))

@@ -6,6 +6,8 @@ the cache.
 """
 from __future__ import annotations
 
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -14,10 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from serpent_scale.config import AttentionConfig
-from serpent_scale.model.documents import FAR, Documents
-from serpent_scale.model.mixer import Begun, Mixer, Told, at_slots, to_front
-
-QUERIES = 1024  # asked at once where there is a mask: it is (B, 1, QUERIES, keys)
+from serpent_scale.kernels.attention import QUERIES
+from serpent_scale.model.documents import FAR, Documents, Shard
+from serpent_scale.model.mixer import Asked, Begun, Mixer, at_slots, to_front
 
 
 class AttentionState(NamedTuple):
@@ -35,6 +36,7 @@ class Attention(Mixer):
     A step costs as much as the cache is long.
     """
 
+    has_phases = False
     fixed_shapes = False
 
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: AttentionConfig):
@@ -52,7 +54,7 @@ class Attention(Mixer):
         y = attend(q, k, v) if alone else attend(q, k, v, documents.since_reset, state)
         if alone and documents.n_live is None:
             return self.out_proj(y.flatten(2)), AttentionState(k, v, documents.in_use)
-        return self.out_proj(y.flatten(2)), hand_on(k, v, *_end(documents), state)
+        return self.out_proj(y.flatten(2)), hand_on(k, v, documents.in_use, _since_last(documents, documents.in_use), state)
 
     def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).split([self.n_heads, self.n_groups, self.n_groups], 2)
@@ -64,31 +66,36 @@ class Attention(Mixer):
         return 0
 
     def begin(self, x: Tensor, before: Tensor, documents: Documents, state: AttentionState | None = None) -> Begun:
-        """Keys and values of all earlier shards come here, and the cache that the shard hands on has them."""
+        """Where the state is asked for, keys and values of all shards come here."""
         x, documents, back = to_front(x, documents)
-        shard, since, length = documents.shard, documents.since_reset, x.shape[1]
-        at = torch.arange(length, device=x.device)
+        shard, length = documents.shard, x.shape[1]
+        sizes, held, at = shard.sizes(), shard.held(), torch.arange(length, device=x.device)
+        size = held[shard.number]
         # Where a document lies before the rows only the cache knows its position; elements' clocks do everywhere.
-        known = 0 if state is None else state.count[:, None]
+        known, since = 0 if state is None else state.count[:, None], documents.since_reset
         q, k, v = self._project(x, torch.where(since < FAR, since, known + shard.begin + at))
-        own, sizes = torch.cat([k, v], 2).flatten(2), shard.sizes()
-        n_live, last = _end(documents)
+        q, k, v = (_fit(t, size) for t in (q, k, v))
+        n_live, document = documents.in_use, shard.whole.reset.cumsum(1)
+        if shard.tokens is None:
+            n_own, document = n_live, document[:, shard.begin : shard.begin + length]
+        else:
+            own = (at < n_live[:, None]) & (shard.tokens < shard.owned()[shard.number][1])
+            n_own, document = own.sum(1), document.gather(1, shard.tokens)
+        document, cache, told = _fit(torch.where(at < n_live[:, None], document, -1), size, -1), None, []
+        if state is not None:
+            places = torch.arange(state.keys.shape[1], device=x.device)
+            cache = state.keys, state.values, torch.where(places < state.count[:, None], 0, -1)
+        if shard.carried:
+            facts = [count for n in (n_own, n_live) for count in (n, _since_last(documents, n))]
+            told = [_fit(torch.cat([k, v], 2).detach(), max(held)), torch.stack(facts)]
 
-        def run(earlier: Tensor, facts: Tensor) -> tuple[Tensor, AttentionState]:
-            rows, place = torch.cat([earlier, own], 1), None
-            counts, lasts = torch.cat([facts, torch.stack([n_live, last])[None]]).unbind(1)
-            if documents.live is not None:
-                rows, place = _packed(rows, [*sizes[: shard.number], length], counts), counts[:-1].sum(0)[:, None] + at
-            k, v = rows.unflatten(2, (-1, self.head_dim)).chunk(2, 2)
-            if state is not None:
-                k, v = _after_cache(k, v, state)
-            y, since_last = attend(q, k, v, since, state, place), lasts[0]
-            for n, after in zip(counts[1:], lasts[1:]):
-                since_last = torch.where(n > 0, after, since_last)
-            return y, hand_on(k, v, counts.sum(0), since_last, state)
+        def finish(y: Tensor, *rest: Tensor) -> tuple[Tensor, AttentionState | None]:
+            y = back(_fit(self.out_proj(y.flatten(2)), length))
+            return y, _state_after(*(t[: shard.number + 1] for t in rest), state) if rest else None
 
-        told = Told(F.pad(own, (0, 0, 0, sizes[shard.number] - length)), torch.stack([n_live, last]), sizes, run)
-        return Begun(told, None, lambda y, after: (back(self.out_proj(y.flatten(2))), after))
+        single = shard.tokens is None and documents.pieces == 1
+        asked = Asked(q, k, v, document, n_own, sizes, single, cache, partial(_spans, shard, held), told)
+        return Begun(asked, None, finish)
 
     @staticmethod
     def width_unit(config: AttentionConfig) -> int:
@@ -110,11 +117,6 @@ class Attention(Mixer):
     def kept_bytes(d_inner: int, config: AttentionConfig, itemsize: int) -> float:
         """Queries, keys and values, these once for each query head, and the output; a logsumexp per head."""
         return itemsize * 4 * d_inner + 4 * heads(d_inner, config)[0]
-
-    @staticmethod
-    def kept_of_earlier(d_inner: int, config: AttentionConfig, itemsize: int) -> float:
-        """Keys and values, once for each query head."""
-        return itemsize * 2 * d_inner
 
 
 def heads(d_inner: int, config: AttentionConfig) -> tuple[int, int]:
@@ -142,19 +144,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, since: Tensor | None = None, state: AttentionState | None = None, place: Tensor | None = None
-) -> Tensor:
-    """q (B, L, H, P); k, v (B, S + M, G, P), the cache first, then the row so far -> (B, L, H, P).
+def attend(q: Tensor, k: Tensor, v: Tensor, since: Tensor | None = None, state: AttentionState | None = None) -> Tensor:
+    """q (B, L, H, P); k, v (B, S + L, G, P), the cache first -> (B, L, H, P).
 
-    since (B, L): places of the row since the document's first, as in `Documents`; None: each row is one document, S = 0, M = L.
-    place (B, L): of the queries in the row, at most M - L + their number; None: its last L.
+    since (B, L): places of the row since the document's first, as in `Documents`; None: each row is one document, S = 0.
     """
     length, cached, shared = q.shape[1], 0 if state is None else state.keys.shape[1], q.shape[2] // k.shape[2]
-    before = k.shape[1] - cached - length
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if place is None and since is not None:
-        place = before + torch.arange(length, device=since.device)[None]
+    place = None if since is None else torch.arange(length, device=since.device)[None]
     if length == 1:  # the queries of a group ask together: no copy of the cache
         mask = None if since is None else visible(since, place, state, k.shape[2])[:, None]
         y = F.scaled_dot_product_attention(q.unflatten(1, (-1, shared)).flatten(2, 3), k, v, mask)
@@ -172,7 +169,7 @@ def attend(
     parts = []
     for low in range(0, length, QUERIES):
         high = min(low + QUERIES, length)
-        asked = q[:, :, low:high], k[:, :, : cached + before + high], v[:, :, : cached + before + high], low, high
+        asked = q[:, :, low:high], k[:, :, : cached + high], v[:, :, : cached + high], low, high
         parts.append(checkpoint(ask, *asked, use_reentrant=False, preserve_rng_state=False) if again else ask(*asked))
     return torch.cat(parts, 2).transpose(1, 2)
 
@@ -216,18 +213,65 @@ def _after_cache(k: Tensor, v: Tensor, state: AttentionState) -> tuple[Tensor, T
     return torch.cat([state.keys.to(k.dtype), k], 1), torch.cat([state.values.to(v.dtype), v], 1)
 
 
-def _end(documents: Documents) -> tuple[Tensor, Tensor]:
-    """(B,) slots in use, and places since the document's first at the last of them."""
-    n_live = documents.in_use
-    return n_live, documents.since_reset.gather(1, (n_live - 1).clamp(min=0)[:, None])[:, 0]
+def _since_last(documents: Documents, n: Tensor) -> Tensor:
+    """(B,) places since the document's first at the last of the first n slots."""
+    return documents.since_reset.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0]
 
 
-def _packed(rows: Tensor, sizes: list[int], counts: Tensor) -> Tensor:
-    """rows (B, M, w), in parts of these sizes of which the first counts[i] (B,) are in use: those first, in order."""
+def _spans(shard: Shard, held: tuple[int, ...], earlier: int, later: int) -> tuple[int, int, bool] | None:
+    """Of `Asked`."""
+    owned = shard.owned()
+    (begin, end), (first, _), last = owned[earlier], owned[later], shard.borders[later + 1]
+    everything = held[later], 0, False
+    if not shard.whole.lengths:
+        return everything
+    shared = _shared(shard.whole.lengths, begin, end, first, last)
+    return shared if shared is None or shard.tokens is None else everything
+
+
+@lru_cache(maxsize=1024)
+def _shared(
+    lengths: tuple[tuple[int, ...], ...], begin: int, end: int, first: int, last: int
+) -> tuple[int, int, bool] | None:
+    """`_spans` of tokens begin .. end - 1 and later ones, first .. last - 1. In a row they share one document at most, that of
+    token `first`."""
+    found = []
+    if begin < end and first < last:
+        for row in lengths:
+            start, length = next(document for document in zip(accumulate(row, initial=0), row) if first < sum(document))
+            if start < end:
+                found.append((min(start + length, last) - first, max(start, begin) - begin))
+    if not found:
+        return None
+    queries, keys = (set(numbers) for numbers in zip(*found))
+    return max(queries), min(keys), len(found) == len(lengths) and len(queries) == len(keys) == 1
+
+
+def _state_after(rows: Tensor, facts: Tensor, before: AttentionState | None) -> AttentionState:
+    """rows (p, B, M, 2 G, P), keys and values of p shards; facts (p, 4, B), own slots and since the first at the last of them,
+    then those of all slots in use, which count in the last shard."""
+    counts, lasts = torch.cat([facts[:-1, :2], facts[-1:, 2:]]).unbind(1)
+    rows = _packed(rows.flatten(3).transpose(0, 1).flatten(1, 2), counts, rows.shape[2]).unflatten(2, rows.shape[3:])
+    since_last = lasts[0]
+    for n, after in zip(counts[1:], lasts[1:]):
+        since_last = torch.where(n > 0, after, since_last)
+    k, v = rows.chunk(2, 2)
+    if before is not None:
+        k, v = _after_cache(k, v, before)
+    return hand_on(k, v, counts.sum(0), since_last, before)
+
+
+def _packed(rows: Tensor, counts: Tensor, size: int) -> Tensor:
+    """rows (B, p size, w), in parts of which the first counts[i] (B,) are in use: those first, in order."""
     at = torch.arange(rows.shape[1], device=rows.device)
     ends = counts.cumsum(0)  # places after each part
-    part = (at >= ends[:-1, :, None]).sum(0)  # (B, M)
-    begins = torch.tensor([0, *sizes[:-1]], device=rows.device).cumsum(0)
+    part = (at >= ends[:-1, :, None]).sum(0)  # (B, p size)
+    begins = size * torch.arange(len(counts), device=rows.device)
     shift = begins[:, None] - (ends - counts)
     source = (at + shift.t().gather(1, part)).clamp(max=rows.shape[1] - 1)
     return at_slots(rows, source)
+
+
+def _fit(x: Tensor, length: int, value: float = 0) -> Tensor:
+    """x (B, S, ...) cut or filled to S = length."""
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, length - x.shape[1]), value=value)

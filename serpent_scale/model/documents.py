@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class Documents:
     def around(self, before: int) -> Documents:
         """Those of a shard's tokens and of the `before` tokens that precede them, which another shard holds."""
         begin, length = self.shard.begin, self.reset.shape[1]
-        return self.shard.whole.part(begin - before, begin + length)
+        return self.shard.whole.part(begin - before, begin + length, self.shard)
 
     def capacity(self, rate: int, band: int, ticks: int) -> int:
         """Slots enough for the elements any row can emit with a clock of `rate` ticks a token that keeps within `band` ticks.
@@ -87,17 +88,38 @@ class Shard:
     """Where a piece of longer rows comes from, for a model that works on it together with whoever holds the rest.
 
     whole: the documents of the rows; begin: the rows' token that is the piece's first; number: the piece's among all.
-    sizes(): slots in which each of the pieces holds what is its own, of tokens or of the elements of a branch.
-    mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.begin_all`.
+    borders: the rows' tokens with which the pieces begin, and the end. What a piece is to work on is its own by the token that it
+    is of: what pieces own begins and ends `lead` tokens before they do. After it the piece holds that of its last `lead` tokens.
+    tokens (B, L) int64: the rows' token that each slot is of, None: begin, begin + 1, ...
+    room(documents): slots enough for what such tokens hold.
+    carried: whether the state after the piece is asked for. Where it is not, a state that takes much to find may be None.
+    mix(mixer, x, documents, state): the mixer's outputs at this piece's tokens, and its state after them, see `Mixer.rounds`.
     emitted(n (B,) int64): told how many elements each branch of a SeRpEnt layer emitted at this piece's tokens.
     """
 
     whole: Documents
     begin: int
     number: int
-    sizes: Callable[[], tuple[int, ...]]
+    borders: tuple[int, ...]
     mix: Callable
     emitted: Callable[[Tensor], None]
+    carried: bool = False
+    lead: int = 0
+    tokens: Tensor | None = None
+    room: Callable[[Documents], int] = lambda part: part.reset.shape[1]
+
+    def owned(self) -> list[tuple[int, int]]:
+        """(first token, the token after the last) of what each piece owns."""
+        return list(pairwise(max(0, token - self.lead) for token in self.borders))
+
+    def sizes(self) -> tuple[int, ...]:
+        """Slots for what each piece owns."""
+        return tuple(self.room(self.whole.part(begin, end)) for begin, end in self.owned())
+
+    def held(self) -> tuple[int, ...]:
+        """Slots for what each piece owns and for what follows."""
+        ends = self.borders[1:]
+        return tuple(self.room(self.whole.part(begin, end)) for (begin, _), end in zip(self.owned(), ends))
 
 
 def _cut(lengths: tuple[int, ...], begin: int, end: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """What a mixer is to the stack, to SeRpEnt and to the accounting. `mixers.py` knows them by name."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,27 +13,39 @@ from serpent_scale.kernels.phases import Phases
 from serpent_scale.model.documents import Documents
 
 
-class Told(NamedTuple):
-    """What all later shards are told, where no state sums up what is before them (attention).
+class Asked(NamedTuple):
+    """Queries, and keys and values for those of later shards, where no state sums up what is before a shard (attention).
 
-    rows (B, sizes[of this shard], w) and facts (..., B) int64, without gradients; sizes: of all shards.
-    run(rows of the earlier shards (B, sum of their sizes, w), their facts (how many, ..., B)) -> (y, state after).
+    q (B, S, H, P); k, v (B, S, G, P). document (B, S) int64: of all that the rows hold, the one that a slot is of; -1 where the
+    slot is not in use. A query sees the keys of its document that are not after it. single: all slots of this shard are in use,
+    by one document. n_own (B,): the first slots, whose keys are for later shards too; in sizes[i] slots, of shard i. cache: keys,
+    values (B, C, G, P) and document (B, C) of before the rows, or None.
+    spans(earlier, later): what those two shards share, (n, m, all): the first n queries of the later and the keys from m on of
+    the earlier, and whether each of those sees all of these; None if nothing. The same on all shards.
+    told: what all shards are to be told, of equal sizes on all, if anything.
     """
 
-    rows: Tensor
-    facts: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    document: Tensor
+    n_own: Tensor
     sizes: tuple[int, ...]
-    run: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+    single: bool
+    cache: tuple[Tensor, Tensor, Tensor] | None
+    spans: Callable[[int, int], tuple[int, int, bool] | None]
+    told: list[Tensor]
 
 
 class Begun(NamedTuple):
-    """A mixer at work on a shard: its scan in phases, or what it tells later shards, and what is left to do then.
+    """A mixer at work on a shard: its scan in phases, or the attention it asks for, and what is left to do then.
 
-    initial: the state before the whole rows, None if it is 0. finish(y, state after, ...) -> (outputs, the mixer's state), from
-    what phases.run returned. meanwhile(): work that need not wait for the state before the shard. The last two: of scans alone.
+    finish(y, ...) -> (outputs, the mixer's state), from what phases.run returned or from the attention's y and what shards told
+    (P, ...) each. Of scans alone: initial, the state before the whole rows, None if it is 0; meanwhile(), work that need not
+    wait for the state before the shard.
     """
 
-    phases: Phases | Told
+    phases: Phases | Asked
     initial: Tensor | None
     finish: Callable[..., tuple[Tensor, Any]]
     meanwhile: Callable[[], None] = lambda: None
@@ -46,6 +58,7 @@ class Mixer(nn.Module):
     config is the mixer's own section of the model's configuration; it has `expand`.
     """
 
+    has_phases = True  # or else `begin` asks for attention, and outputs of all that the shard holds follow from it
     fixed_shapes = True  # inside a pass they depend on documents by the slots of compressed branches alone
 
     def __init__(self, d_in: int, d_inner: int, d_out: int, config: Any):
@@ -69,7 +82,7 @@ class Mixer(nn.Module):
         """What each mixer, all of this class, makes of its own rows from no state; in common launches where the class has some."""
         return [mixer(x, d) for mixer, x, d in zip(mixers, xs, documents)]
 
-    # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in three parts,
+    # What follows serves rows that are cut into shards (serpent_scale/parallel/sequence.py): the forward pass in parts,
     # between which the shards' holders exchange what each needs of the others.
 
     @property
@@ -86,12 +99,13 @@ class Mixer(nn.Module):
         """(len(ends), ...) int64: what shards after this one must know of its first `end` tokens, for each of ends."""
         return None
 
-    def begin_all(
+    def rounds(
         self, x: Tensor, before: Tensor, outlines: list[Tensor], documents: Documents, state: Any = None
-    ) -> tuple[list[Begun], Callable[[list], tuple[Tensor, Any]]]:
-        """The scans of the layer, and how its outputs and its state follow from what they finish with. outlines: the earlier
-        shards', in order."""
-        return [self.begin(x, before, documents, state)], lambda finished: finished[0]
+    ) -> Generator[list[Begun], list[tuple[Tensor, Any]], tuple[Tensor, Any]]:
+        """The layer on a shard: yields what has begun and waits for an exchange, is sent what that finished with, and so on, and
+        returns outputs and state. outlines: the earlier shards', in order."""
+        finished = yield [self.begin(x, before, documents, state)]
+        return finished[0]
 
     @staticmethod
     def width(d_model: int, config: Any) -> int:
@@ -117,25 +131,20 @@ class Mixer(nn.Module):
         """What a GPU keeps of one token for the backward pass, the input left out."""
         raise NotImplementedError
 
-    @staticmethod
-    def kept_of_earlier(d_inner: int, config: Any, itemsize: int) -> float:
-        """What a shard keeps of each token before it: nothing where a state sums them up."""
-        return 0.0
-
 
 def to_front(x: Tensor, documents: Documents) -> tuple[Tensor, Documents, Callable[[Tensor], Tensor]]:
     """x (B, L, d) and its documents with the slots in use first in each row, where a shard of compressed rows has others before
     them; and what moves outputs (B, L, ...) back. For mixers whose reach is 0: they read nothing of those others."""
     if documents.live is None:
         return x, documents, lambda y: y
-    at = torch.arange(x.shape[1], device=x.device)
+    at, shard = torch.arange(x.shape[1], device=x.device), documents.shard
     n_live = documents.live.sum(1)
     first = (documents.n_live - n_live)[:, None]
     forth, back = (at + first).clamp(max=x.shape[1] - 1), (at - first).clamp(min=0)
     live = at < n_live[:, None]
     moved = replace(
         documents, reset=documents.reset.gather(1, forth) & live, live=live, n_live=n_live,
-        since_reset=documents.since_reset.gather(1, forth),
+        since_reset=documents.since_reset.gather(1, forth), shard=replace(shard, tokens=shard.tokens.gather(1, forth)),
     )
     return at_slots(x, forth), moved, lambda y: at_slots(y, back)
 

@@ -61,16 +61,6 @@ def kept_bytes(name: str, config: ModelConfig, itemsize: int, length: int) -> fl
     return mixer.kept_bytes(d_inner, settings, itemsize)
 
 
-def kept_of_earlier(name: str, config: ModelConfig, itemsize: int) -> float:
-    """What a shard of a sequence keeps of each token before it."""
-    if name != "serpent":
-        mixer, (_, d_inner, _), settings = _plain(name, config)
-        return mixer.kept_of_earlier(d_inner, settings, itemsize)
-    mixer, settings = _mixer(config.serpent.inner, config)
-    widths, _ = serpent.branch_widths(config.d_model, config.serpent, mixer, settings)
-    return sum(rate * mixer.kept_of_earlier(d, settings, itemsize) for rate, d in zip(config.serpent.rates, widths))
-
-
 def _mixer(name: str, config: ModelConfig) -> tuple[type[Mixer], Any]:
     """(class, its settings)."""
     return MIXERS[name], getattr(config, name)

@@ -6,9 +6,8 @@ Legend: B batch, L tokens, Q read-out taps, M Gaussian bases.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import reduce
-from itertools import accumulate, pairwise
+from collections.abc import Generator
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from serpent_scale.config import SerpentConfig
-from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress, compress_beside, decompress
-from serpent_scale.model.documents import FAR, Documents, Shard
+from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, apply_map, clock_maps, compress_beside, decompress
+from serpent_scale.model.documents import FAR, Documents
+from serpent_scale.model.lead import Elements
 from serpent_scale.model.linear import Linear
-from serpent_scale.model.mixer import Begun, Mixer, at_slots
+from serpent_scale.model.mixer import Begun, Mixer
 from serpent_scale.model.routing import RoutedBranch, width
 from serpent_scale.model.stack import Stack
 from serpent_scale.model.states import step_live
@@ -76,12 +76,13 @@ class Branch(nn.Module):
         return z, BranchState(window, inner, outputs)
 
     def compress(
-        self, u: Tensor, documents: Documents, window: Carry | None = None
+        self, u: Tensor, documents: Documents, window: Carry | None = None, spare: int = 0
     ) -> tuple[Tensor, Documents, Clock, Carry, Tensor]:
-        """What the inner mixer reads, its documents, the clock, the carry after u, and u for whoever else reads it."""
+        """What the inner mixer reads, its documents, the clock, the carry after u, and u for whoever else reads it. spare: slots
+        beyond those that the elements can need."""
         x, clock, window, u = compress_beside(
-            u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling, self.slots(documents),
-            window,
+            u, self.window_basis, self.clock_weight, self.clock_bias, documents.reset, self.sampling,
+            self.slots(documents) + spare, window,
         )
         if self.window_map is not None:
             x = self.window_map(x)
@@ -115,60 +116,34 @@ class Branch(nn.Module):
 
     @property
     def _slowest(self) -> int:
-        """Tokens among which one always emits."""
+        """Tokens of a document among which one always emits."""
         return -(-TICKS // round(self.sampling.low * TICKS))
 
     def outline(self, u: Tensor, documents: Documents, ends: list[int]) -> Tensor:
         return clock_maps(u, self.clock_weight, self.clock_bias, documents.reset, self.sampling, ends)
 
-    def begin(self, u: Tensor, before: int, outlines: list[Tensor], documents: Documents, state: BranchState | None) -> Begun:
-        """u (B, before + L, d): a shard, and the tokens before it, to where the rows begin or `reach` of them.
-
-        The first tokens' read-out sees outputs of elements before the shard, so those of its lead are scanned here again. That
-        is, a shard's scan begins and ends a lead early, and what it emits after that follows once its state there is known. Which
-        of the two forms an element is in depends on its token alone: later ones must not move an output by a bit.
-        """
+    def rounds(
+        self, u: Tensor, before: int, outlines: list[Tensor], documents: Documents, state: BranchState | None
+    ) -> Generator[Begun, tuple[Tensor, Any], tuple[Tensor, BranchState]]:
+        """As `Mixer.rounds`, for one branch. u (B, before + L, d): a shard, and the tokens before it, to where the rows begin or
+        `reach` of them. The first tokens' read-out sees outputs of elements before the shard, hence the lead."""
         around = documents.around(before)
         window, inner, outputs = (None, None, None) if state is None else state
-        start, end, taps = documents.shard.begin - before, u.shape[1], self.sampling.readout_taps
+        start, end = documents.shard.begin - before, u.shape[1]
         if start > 0:
             window = self._carry(u, outlines, documents.shard.whole, start, window)
-        at_end = around.part(max(0, end - self.lead), end)
-        n_tail = self.slots(at_end)
-        slots = self.slots(around) + n_tail
-        x, clock, window = compress(
-            u, self.window_basis, self.clock_weight, self.clock_bias, around.reset, self.sampling, slots, window
-        )
-        first, last = (_emitted(clock, token - self.lead) for token in (before, end))
-        documents.shard.emitted(clock.n_live - _emitted(clock, before))
-        slot = torch.arange(slots, device=u.device)
-        live = (slot >= first[:, None]) & (slot < last[:, None])
-        elements = Documents(
-            clock.reset & live, live=live, since_reset=clock.since_reset, n_live=last, pieces=around.pieces,
-            shard=replace(documents.shard, sizes=lambda: self._sizes(documents.shard)),
-        )
-        begun = self.inner.begin(x, x[:, :0], elements, inner)
-
-        def finish(*ran: Tensor) -> tuple[Tensor, BranchState]:
-            y, state = begun.finish(*ran)
-            tail = last[:, None] + slot[:n_tail]
-            live = tail < clock.n_live[:, None]
-            documents = Documents(
-                clock.reset.gather(1, tail) & live, live=live, since_reset=clock.since_reset.gather(1, tail), pieces=at_end.pieces
-            )
-            y_tail, state = self.inner(at_slots(x, tail), documents, state)
-            y = y.scatter(1, tail[..., None].expand_as(y_tail), y_tail.to(y.dtype))
-            # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
-            earlier = y.new_zeros(len(y), taps, y.shape[2]) if start > 0 else outputs
-            z, tail_out = decompress(y, self.readout_basis, clock, self.sampling, earlier)
-            return z[:, before:], BranchState(window, state, tail_out)
-
-        return Begun(begun.phases, begun.initial, finish, begun.meanwhile)
-
-    def _sizes(self, shard: Shard) -> tuple[int, ...]:
-        """Room for the elements that each shard scans: of its tokens, a lead earlier."""
-        ends = [max(0, token - self.lead) for token in accumulate(shard.sizes(), initial=0)]
-        return tuple(self.slots(shard.whole.part(begin, end)) for begin, end in pairwise(ends))
+        later = self.inner.reach - self.inner.blocks[0].mixer.reach if isinstance(self.inner, Stack) else 0
+        longest = self.lead + later * self._slowest  # lead of the run's first block
+        spare = self.slots(around.part(max(0, end - longest), end))
+        x, elements, clock, window, _ = self.compress(u, around, window, spare)
+        emitted = partial(_emitted, clock)
+        documents.shard.emitted(clock.n_live - emitted(before))
+        line = Elements(elements, around, clock.emitter, emitted, self.slots)
+        y, inner = yield from _rounds(self.inner, line, x, self.lead, self._slowest, inner)
+        # The first of the tokens before the shard read outputs from before those: theirs are cut off, but must be finite.
+        earlier = y.new_zeros(len(y), self.sampling.readout_taps, y.shape[2]) if start > 0 else outputs
+        z, outputs = decompress(y, self.readout_basis, clock, self.sampling, earlier)
+        return z[:, before:], BranchState(window, inner, outputs)
 
     def _carry(self, u: Tensor, outlines: list[Tensor], whole: Documents, start: int, given: Carry | None) -> Carry:
         """As compression begins at token `start` > 0 of the rows: nothing that is needed looks further back than it."""
@@ -275,21 +250,49 @@ class Serpent(nn.Module):
         maps = [branch.outline(x, documents, ends) for branch in self.branches if isinstance(branch, Branch)]
         return torch.stack(maps, 1) if maps else None
 
-    def begin_all(self, x: Tensor, before: Tensor, outlines: list[Tensor], documents: Documents, state: tuple | None = None):
+    def rounds(self, x: Tensor, before: Tensor, outlines: list[Tensor], documents: Documents, state: tuple | None = None):
         states = (None,) * len(self.branches) if state is None else state
-        around, parts, n = torch.cat([before, x], 1), [], 0
+        around, running, n = torch.cat([before, x], 1), [], 0
         for branch, given in zip(self.branches, states):
             if isinstance(branch, Branch):
-                parts.append(branch.begin(around, before.shape[1], [maps[n] for maps in outlines], documents, given))
+                running.append(branch.rounds(around, before.shape[1], [maps[n] for maps in outlines], documents, given))
                 n += 1
             else:
-                parts.append(branch.begin(x, before[:, max(0, before.shape[1] - branch.reach) :], documents, given))
-        return parts, self._join
+                running.append(_full_rate(branch, x, before[:, max(0, before.shape[1] - branch.reach) :], documents, given))
+        # Branches take equally many rounds.
+        begun, results = [next(branch) for branch in running], []
+        while not results:
+            finished, waiting = (yield begun), []
+            for branch, part in zip(running, finished):
+                try:
+                    waiting.append(branch.send(part))
+                except StopIteration as end:
+                    results.append(end.value)
+            begun = waiting
+        return self._join(results)
 
     def _join(self, results: list) -> tuple[Tensor, tuple]:
         outputs = [z for z, _ in results]
         y = reduce(torch.add, outputs) if self.out_proj is None else self.out_proj(torch.cat(outputs, -1))
         return y, tuple(state for _, state in results)
+
+
+def _rounds(inner: nn.Module, line: Elements, x: Tensor, lead: int, slowest: int, state: Any):
+    """The rounds of a mixer or a run of them on x, whose outputs are wanted a lead before the shard. slowest: tokens among which
+    one is an element."""
+    if isinstance(inner, Stack):
+        begin = lambda mixer, x, reach, given: line.begin(mixer, x, lead + reach * slowest, given)
+        return (yield from inner.rounds(x, begin, state))
+    return (yield line.begin(inner, x, lead, state))
+
+
+def _full_rate(inner: nn.Module, x: Tensor, before: Tensor, documents: Documents, state: Any):
+    """The rounds of a branch at rate 1."""
+    if not isinstance(inner, Stack):
+        return (yield inner.begin(x, before, documents, state))
+    line = Elements.all_tokens(documents.around(before.shape[1]))
+    y, state = yield from _rounds(inner, line, torch.cat([before, x], 1), 0, 1, state)
+    return y[:, before.shape[1] :], state
 
 
 def _emitted(clock: Clock, token: int) -> Tensor:

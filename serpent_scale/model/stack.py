@@ -1,6 +1,9 @@
 """Pre-norm residual blocks, and a run of them as one mixer. Legend: B rows, L tokens."""
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +61,25 @@ class Stack(nn.Module):
         h, y, after = start, None, []
         for block, given in zip(self.blocks, (None,) * len(self.blocks) if state is None else state):
             h, y, given = block(h, y, documents, given)
+            after.append(given)
+        return (h - start + y).to(y.dtype), tuple(after)
+
+    @property
+    def reach(self) -> int:
+        """As `Mixer.reach`."""
+        return sum(block.mixer.reach for block in self.blocks)
+
+    def rounds(
+        self, x: Tensor, begin: Callable[[nn.Module, Tensor, int, Any], Any], state: tuple | None = None
+    ) -> Generator[Any, tuple[Tensor, Any], tuple[Tensor, tuple]]:
+        """forward with a pause in each block. begin(mixer, x, how far back later blocks look on its outputs, state) -> what is
+        yielded; what the mixer makes of it is sent."""
+        start = x.to(torch.promote_types(x.dtype, torch.float32))
+        h, y, after, reach = start, None, [], self.reach
+        for block, given in zip(self.blocks, (None,) * len(self.blocks) if state is None else state):
+            x, h = block.norm(h, y)
+            reach -= block.mixer.reach
+            y, given = yield begin(block.mixer, x, reach, given)
             after.append(given)
         return (h - start + y).to(y.dtype), tuple(after)
 

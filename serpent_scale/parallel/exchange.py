@@ -2,7 +2,7 @@
 
 Two exchanges, each with its own in the backward pass: `RowsBefore`, the inputs just before each shard and integers of all earlier
 ones; and `states_before` with `Continue`, the states of all shards to all ranks. Their sizes do not depend on the length of the
-sequence. `EarlierRows` stands for the second where no state sums up what is before a shard: it sends all of it.
+sequence. Where no state sums up what is before a shard `attention.py` stands for the second.
 """
 from __future__ import annotations
 
@@ -38,15 +38,22 @@ class Ring:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.traffic = Traffic()
 
-    def swap(self, blocks: list[list[Tensor]], forms: list[list[Form]]) -> list[list[Tensor]]:
-        """blocks[q] goes to rank q; returns what came from each rank, as forms[q] says."""
-        sent = [_bytes(block) for block in blocks]
+    def swap(
+        self, blocks: list[list[Tensor]], forms: list[list[Form]], device: torch.device
+    ) -> Callable[[], list[list[Tensor]]]:
+        """blocks[q] goes to rank q. Returns at once, and what waits: for what came from each rank, as forms[q] says."""
+        sent = _bytes([t for block in blocks for t in block], device)
         sizes = [sum(map(_size, block)) for block in forms]
-        sent_sizes = [len(b) for b in sent]
-        received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent[0].device)
-        dist.all_to_all_single(received, torch.cat(sent), sizes, sent_sizes, group=self.group)
+        sent_sizes = [sum(t.numel() * t.element_size() for t in block) for block in blocks]
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        under_way = dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group, async_op=True)
         self.traffic.count(sum(sent_sizes) - sent_sizes[self.rank])
-        return [_tensors(part, block) for part, block in zip(received.split(sizes), forms)]
+
+        def wait(sent: Tensor = sent) -> list[list[Tensor]]:  # which is kept until then
+            under_way.wait()
+            return [_tensors(part, block) for part, block in zip(received.split(sizes), forms)]
+
+        return wait
 
     def gather(self, tensors: list[Tensor], meanwhile: Callable[[], None] = lambda: None) -> list[Tensor]:
         """Each with a leading dimension for the ranks, (P, ...). They share a dtype, complex ones that of their parts. meanwhile()
@@ -70,7 +77,7 @@ class Ring:
         shapes, forms = iter(sizes.tolist()), []
         for t in tensors:
             forms.append((tuple(next(shapes) for _ in t.shape), t.dtype))
-        data = _bytes(tensors) if last else torch.empty(sum(map(_size, forms)), dtype=torch.uint8, device=device)
+        data = _bytes(tensors, device) if last else torch.empty(sum(map(_size, forms)), dtype=torch.uint8, device=device)
         dist.broadcast(data, group=self.group, group_src=self.size - 1)
         return _tensors(data, forms)
 
@@ -80,9 +87,10 @@ def _size(form: Form) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _bytes(tensors: list[Tensor]) -> Tensor:
+def _bytes(tensors: list[Tensor], device: torch.device) -> Tensor:
     # A single element may be called contiguous whatever its stride.
-    return torch.cat([t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in tensors])
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    return torch.cat([nothing, *(t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in tensors)])
 
 
 def _tensors(data: Tensor, forms: list[Form]) -> list[Tensor]:
@@ -116,7 +124,7 @@ class RowsBefore(torch.autograd.Function):
                     blocks[q].insert(0, outline[q])
                 if q < p:
                     forms[q].insert(0, (outline[q].shape, outline.dtype))
-        received = ring.swap(blocks, forms)
+        received = ring.swap(blocks, forms, x.device)()
         ctx.sends, ctx.comes, ctx.begin = sends, comes, begin
         before = torch.cat([block[-1] for block in received], 1)
         outlines = torch.stack([block[0] for block in received[:p]]) if outline is not None and p else None
@@ -133,52 +141,10 @@ class RowsBefore(torch.autograd.Function):
         blocks = [[part] for part in grad_before.split(sizes, 1)]
         forms = [[(grad_x[:, lo - begin : hi - begin].shape, grad_x.dtype)] for lo, hi in ctx.sends]
         grad_x = grad_x.clone()
-        for (lo, hi), (grad,) in zip(ctx.sends, ctx.ring.swap(blocks, forms)):
+        for (lo, hi), (grad,) in zip(ctx.sends, ctx.ring.swap(blocks, forms, grad_x.device)()):
             if hi > lo:
                 grad_x[:, lo - begin : hi - begin] += grad
         return grad_x, None, None, None, None
-
-
-class EarlierRows(torch.autograd.Function):
-    """(ring, sizes, facts, rows...) -> for each part the rows of all earlier shards, in order; then their facts.
-
-    Of part i: sizes[i] those of all shards, rows (B, own size, w) -> (B, sum of earlier sizes, w), facts (..., B) int64 ->
-    (earlier shards, ..., B). The backward pass sends the gradients back, to be summed there.
-    """
-
-    @staticmethod
-    def forward(ctx, ring: Ring, sizes: list[tuple[int, ...]], facts: list[Tensor], *rows: Tensor):
-        p, n = ring.rank, len(rows)
-        ctx.ring, ctx.sizes = ring, sizes
-        blocks = [[*rows, *facts] if q > p else [r[:, :0] for r in rows] for q in range(ring.size)]
-        forms = [
-            [((len(r), size[q] if q < p else 0, r.shape[2]), r.dtype) for r, size in zip(rows, sizes)]
-            + [(fact.shape, fact.dtype) for fact in facts] * (q < p)
-            for q in range(ring.size)
-        ]
-        received = ring.swap(blocks, forms)
-        earlier = [torch.cat(parts, 1) for parts in zip(*(block[:n] for block in received))]
-        told = [torch.cat([fact[None][:0], *(block[n + i][None] for block in received[:p])]) for i, fact in enumerate(facts)]
-        ctx.mark_non_differentiable(*told)
-        return *earlier, *told
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        ring, p, n = ctx.ring, ctx.ring.rank, len(ctx.sizes)
-        parts = [grad.split([*size[:p], *[0] * (ring.size - p)], 1) for grad, size in zip(grads, ctx.sizes)]
-        blocks = [[part[q] for part in parts] for q in range(ring.size)]
-        forms = [
-            [((len(grad), size[p] if q > p else 0, grad.shape[2]), grad.dtype) for grad, size in zip(grads, ctx.sizes)]
-            for q in range(ring.size)
-        ]
-        received, found = ring.swap(blocks, forms)[p + 1 :], []
-        for i, (grad, size) in enumerate(zip(grads[:n], ctx.sizes)):
-            total = grad.new_zeros(len(grad), size[p], grad.shape[2], dtype=torch.promote_types(grad.dtype, torch.float32))
-            for block in received:
-                total += block[i]
-            found.append(total.to(grad.dtype))
-        return None, None, None, *found
 
 
 def _overlap(wanted: tuple[int, int], held: list[int]) -> tuple[int, int]:

@@ -1,11 +1,9 @@
 """Sequence parallelism: each sequence is cut into contiguous shards, one a rank, over a mesh of data x sequence.
 
-A mixer's forward pass comes in parts (`Mixer.begin_all`) between which ranks make two exchanges; parameters and the optimizer
+A mixer's forward pass comes in parts (`Mixer.rounds`) between which ranks make exchanges; parameters and the optimizer
 know nothing of it: to DeepSpeed all ranks are data-parallel ones.
 """
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from serpent_scale.model.documents import Documents, Shard
-from serpent_scale.model.mixer import Begun, Told
-from serpent_scale.parallel.exchange import Continue, EarlierRows, Ring, RowsBefore, states_before
+from serpent_scale.model.mixer import Asked, Begun
+from serpent_scale.parallel.attention import ShardedAttention
+from serpent_scale.parallel.exchange import Continue, Ring, RowsBefore, states_before
 
 
 class Sequence:
@@ -34,11 +33,10 @@ class Sequence:
         borders = self.borders(length)
         return slice(*borders[self.ring.rank : self.ring.rank + 2])
 
-    def shard(self, whole: Documents) -> Documents:
-        """Of this rank's tokens; `whole` is of the sequences, on this rank's device."""
+    def shard(self, whole: Documents, carried: bool = False) -> Documents:
+        """Of this rank's tokens; `whole` is of the sequences, on this rank's device. carried: `last_states` will be asked for."""
         borders, rank = self.borders(whole.reset.shape[1]), self.ring.rank
-        sizes = tuple(end - begin for begin, end in pairwise(borders))
-        shard = Shard(whole, borders[rank], rank, lambda: sizes, self._mix, self._count)
+        shard = Shard(whole, borders[rank], rank, tuple(borders), self._mix, self._count, carried)
         return whole.part(borders[rank], borders[rank + 1], shard)
 
     def _mix(self, mixer, x: Tensor, documents: Documents, state):
@@ -48,14 +46,19 @@ class Sequence:
         ends = [min(max(0, border - reach), end) - begin for border in borders[:-1]]
         outline = mixer.outline(x, documents, [max(0, n) for n in ends])
         x, before, outlines = RowsBefore.apply(x, ring, borders, reach, outline)
-        begun, join = mixer.begin_all(x, before, [] if outlines is None else list(outlines), documents, state)
-        form = self._tell if isinstance(begun[0].phases, Told) else self._pass
-        return join([part.finish(*ran) for part, ran in zip(begun, form(begun))])
+        rounds = mixer.rounds(x, before, [] if outlines is None else list(outlines), documents, state)
+        begun = next(rounds)
+        while True:
+            exchange = self._attend if isinstance(begun[0].phases, Asked) else self._pass
+            try:
+                begun = rounds.send([part.finish(*ran) for part, ran in zip(begun, exchange(begun))])
+            except StopIteration as end:
+                return end.value
 
-    def _tell(self, begun: list[Begun]) -> list[tuple]:
-        told = [part.phases for part in begun]
-        earlier = EarlierRows.apply(self.ring, [t.sizes for t in told], [t.facts for t in told], *(t.rows for t in told))
-        return [part.run(*known) for part, known in zip(told, zip(earlier[: len(told)], earlier[len(told) :]))]
+    def _attend(self, begun: list[Begun]) -> list[tuple]:
+        asked = [part.phases for part in begun]
+        found = ShardedAttention.apply(self.ring, asked, *(t for part in asked for t in part[:3]))
+        return [(y, *(self.ring.gather([t])[0] for t in part.told)) for y, part in zip(found, asked)]
 
     def _pass(self, begun: list[Begun]) -> list[tuple]:
         ring, phases = self.ring, [part.phases for part in begun]

@@ -62,7 +62,8 @@ def check_gradients(config: Config, sequence: Sequence, processes: Processes) ->
     Raises UserError, on all ranks, if the norms of the gradient are not the same.
     """
     names, shards = list(dict.fromkeys(config.model.pattern)), config.parallel.sequence
-    model_config = dataclasses.replace(config.model, vocab_size=TRIAL_VOCABULARY, n_layers=len(names), pattern=names)
+    counted = sum(config.model.serpent.depth if name == "serpent" else 1 for name in names)
+    model_config = dataclasses.replace(config.model, vocab_size=TRIAL_VOCABULARY, n_layers=counted, pattern=names)
     model = _trial_model(model_config, processes)
     length = shards * min(config.data.seq_len // shards, 2 + max(block.mixer.reach for block in model.blocks))
     tokens = torch.randint(TRIAL_VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0)).to(processes.device)

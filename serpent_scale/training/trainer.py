@@ -48,14 +48,14 @@ class DeviceBatch:
     tokens_skipped: int
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device, sequence: Sequence | None = None) -> DeviceBatch:
-        """sequence: the ranks that share the rows, of which this one takes its tokens."""
+    def of(cls, batch: Batch, device: torch.device, sequence: Sequence | None = None, carried: bool = False) -> DeviceBatch:
+        """sequence: the ranks that share the rows, of which this one takes its tokens. carried: whether states are handed on."""
         documents = Documents(send(batch.reset, device), batch.lengths)
         if sequence is None:
             return cls(send(batch.tokens, device), send(batch.labels, device), documents, batch.digest, batch.tokens_skipped)
         own, counts = sequence.own(batch.tokens.shape[1]), sequence.ring.rank == 0
         tokens, labels = (send(tensor[:, own].contiguous(), device) for tensor in (batch.tokens, batch.labels))
-        return cls(tokens, labels, sequence.shard(documents), counts * batch.digest, counts * batch.tokens_skipped)
+        return cls(tokens, labels, sequence.shard(documents, carried), counts * batch.digest, counts * batch.tokens_skipped)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -261,7 +261,7 @@ class Trainer:
             if i % accumulation == 0 and self._agree_to_stop():  # about as often as in training
                 self.engine.train()
                 return None
-            batch = DeviceBatch.of(batch, self.processes.device, self.sequence)
+            batch = DeviceBatch.of(batch, self.processes.device, self.sequence, carry)
             loss_sum, after = self.engine(batch.tokens, batch.documents, batch.labels, states)
             if carry:
                 states = self.sequence.last_states(after) if self.sequence else after
