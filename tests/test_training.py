@@ -110,8 +110,12 @@ def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(w
 
 def test_one_process_gives_the_losses_of_two_and_any_accumulation(workplace):
     alone = config(workplace, "alone")
-    done = launch("pretrain.py", "--config", str(alone), "training.stop_at_step=12", "training.micro_batch=8")
+    teach = "model.serpent.teach=surprise", "model.serpent.teach_weight=0"  # weighs nothing, and is logged
+    done = launch("pretrain.py", "--config", str(alone), "training.stop_at_step=12", "training.micro_batch=8", *teach)
     assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (workplace / "alone" / "run" / "metrics.jsonl").read_text().splitlines()]
+    # At first every gate is 1/3 and the mean target too: H(1/3) of each of two branches.
+    assert math.isclose(next(line["teach_loss"] for line in lines if line["kind"] == "train"), 2 * 0.6365, rel_tol=1e-3)
     two = history(workplace / "whole")
     for key, loss in history(workplace / "alone").items():
         if key in two:
