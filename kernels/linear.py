@@ -28,6 +28,10 @@ def low_copies(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     weights = [weight.detach() for weight in weights]
     if all(weight.dtype == dtype for weight in weights):
         return weights
+    if weights[0].is_cuda and all(weight.dtype == weights[0].dtype and weight.is_contiguous() for weight in weights):
+        from .weights import cast
+
+        return cast(weights, dtype)
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     torch._foreach_copy_(copies, weights)
     return copies

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from ..sums import add_rows
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 CHUNK = tl.constexpr(4)  # at least W-1: a loop that carries a row past one turn is not pipelined
@@ -356,7 +357,7 @@ def backward(
         grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), grad_x.stride(0), grad_x.stride(1),
         length, d_inner, segments, STAGES=stages, AHEAD=ahead, maxnreg=registers, **constants,
     )
-    sums = partial.sum(0)
+    sums = add_rows(partial)
     grad_weight, grad_bias = sums[: width * d_inner].view(d_inner, width), sums[width * d_inner :]
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_halo
 

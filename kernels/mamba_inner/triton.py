@@ -15,6 +15,7 @@ from ..causal_conv1d import triton as conv
 from ..linear import low_copies, weight_gradient
 from ..phases import Phases
 from ..selective_scan import triton as scan
+from ..weights import negative_exp
 from .reference import decay
 
 
@@ -105,8 +106,7 @@ class _Ready(NamedTuple):
 
 def _ready(calls: list[_Call], copies: list[Tensor] | None = None) -> list[_Ready]:
     dtype, found = calls[0].xz.dtype, []
-    As = torch._foreach_exp([call.A_log for call in calls])
-    torch._foreach_neg_(As)
+    As = negative_exp([call.A_log for call in calls])
     if copies is None:
         copies = low_copies([weight for call in calls for weight in (call.x_proj, call.dt_proj)], dtype)
     for call, A, x_proj, dt_proj in zip(calls, As, copies[::2], copies[1::2]):
@@ -181,8 +181,7 @@ class _MambaInner(torch.autograd.Function):
                 into.append((None, None, grad_xz.chunk(2, -1)[1], grad_B, grad_C))
                 segments.append(known)
                 work.append((u, dt, grad_dt, grad_projected, grad_xz))
-            scanned = scan.backward_together(scans, results, into, segments)
-            torch._foreach_mul_([g["A"] for g in scanned], [call.A_log for call in calls])
+            scanned = scan.backward_together(scans, results, into, segments, of_log=True)
             returned = [None, None]
             for call, g, (u, dt, grad_dt, grad_projected, grad_xz), grad_halo_out, dtypes, has_state in zip(
                 calls, scanned, work, gradients[1::3], ctx.dtypes, ctx.has_state

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
+from ..sums import add_rows
 
 TINY = tl.constexpr(1e-30)
 LANE_ELEMENTS = 16  # of a row, per thread: few enough that backward keeps 16 warps on a multiprocessor
@@ -132,7 +133,7 @@ def backward(
         grad.stride(0), _row_stride(beside), flat.stride(0), _row_stride(into), rows, d, rows_each,
         KEPT_H=kept_h, BLOCK=block, num_warps=num_warps or warps,
     )
-    return grad_x, grad_residual, partial.sum(0).to(weight.dtype)
+    return grad_x, grad_residual, add_rows(partial).to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

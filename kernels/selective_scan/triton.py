@@ -160,10 +160,10 @@ def backward(
 
 
 def backward_together(
-    problems: list[tuple], results: list[tuple], outs: list[tuple], asked: list[Segments | None]
+    problems: list[tuple], results: list[tuple], outs: list[tuple], asked: list[Segments | None], of_log: bool = False
 ) -> list[dict[str, Tensor]]:
     """`backward` of each in one launch. problems: as `forward_together`'s, with grad_final in the place of the initial state;
-    results: (grad_y, kept, y); outs: (grad_x, grad_dt, grad_z, grad_B, grad_C)."""
+    results: (grad_y, kept, y); outs: (grad_x, grad_dt, grad_z, grad_B, grad_C); of_log: A's gradient is that of log(-A)."""
     kernels, cuts = _cut(problems)
     rows, block = 32, 1024
     found, first_pass, arguments, sums, sum_programs = [], [], [], [], []
@@ -196,7 +196,7 @@ def backward_together(
         )
         row_programs = triton.cdiv(batch * length, rows)
         sums.append(
-            (part_bc, grad_B, grad_C, part_a, vectors, programs, batch * length, length, *part_a.shape, row_programs,
+            (part_bc, grad_B, grad_C, part_a, A, vectors, programs, batch * length, length, *part_a.shape, A.numel(), row_programs,
              *_strides(grad_B, grad_C))
         )
         sum_programs.append(row_programs + triton.cdiv(vectors.numel(), block))
@@ -209,7 +209,8 @@ def backward_together(
         kernels.gradient_state(first_pass, without_first=True)  # nothing stands before the first
     kernels.backward(arguments)
     launch_together(
-        _scan_add_parts, sums, sum_programs, N=d_state, WIDTH=triton.next_power_of_2(2 * d_state), ROWS=rows, BLOCK=block
+        _scan_add_parts, sums, sum_programs, N=d_state, WIDTH=triton.next_power_of_2(2 * d_state), ROWS=rows, BLOCK=block,
+        OF_LOG=of_log,
     )
     for gradients, (_, _, A, _, _, D, _, dt_bias, *_) in zip(found, problems):
         gradients.update({name: gradients[name].to(v.dtype) for name, v in (("A", A), ("D", D), ("dt_bias", dt_bias))})
@@ -609,11 +610,12 @@ def _add(parts, n_parts, stride, inside, SIZE: tl.constexpr):
 @triton.jit
 def _scan_add_parts(
     PROBLEMS, STARTS,
-    N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OF_LOG: tl.constexpr,
 ):  # fmt: skip
-    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C, and SUMMANDS (n_summands, n_sums) into SUMS."""
+    """PARTS (n_parts, B L, 2, N) summed in order into the gradients of B and C, and SUMMANDS (n_summands, n_sums) into SUMS.
+    OF_LOG: the first n_A of these times A."""
     problem, place = problem_of(PROBLEMS, STARTS)
-    (PARTS, GB, GC, SUMMANDS, SUMS, n_parts, n_rows, L, n_summands, n_sums, row_programs,
+    (PARTS, GB, GC, SUMMANDS, A, SUMS, n_parts, n_rows, L, n_summands, n_sums, n_A, row_programs,
      sb_b, sb_t, sc_b, sc_t) = problem  # fmt: skip
     if place < row_programs:
         i = tl.arange(0, ROWS * WIDTH)
@@ -625,4 +627,7 @@ def _scan_add_parts(
         tl.store(GC + b * sc_b + t * sc_t + column - N, total.to(GC.dtype.element_ty), mask=ok & (column >= N))
     else:
         i = (place - row_programs) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(SUMS + i, _add(SUMMANDS + i, n_summands, n_sums.to(tl.int64), i < n_sums, BLOCK), mask=i < n_sums)
+        total = _add(SUMMANDS + i, n_summands, n_sums.to(tl.int64), i < n_sums, BLOCK)
+        if OF_LOG:
+            total *= tl.load(A + i, mask=i < n_A, other=1.0)
+        tl.store(SUMS + i, total, mask=i < n_sums)
