@@ -36,6 +36,9 @@ def build_engine(model: LanguageModel, config: Config, processes: Processes):
         key = ".".join(map(str, first["loc"]))
         reason = f"'{key}' is refused by {error.title} ({first['msg']})"
         raise UserError(f"deepspeed: {reason}; mend the deepspeed section") from None
+    if processes.world_size == 1 and config.training.zero_stage == 0:
+        # Over one rank it would copy all gradients into one buffer, multiply them by 1 and copy them back.
+        engine.enable_backward_allreduce = False
     return engine, optimizer
 
 
