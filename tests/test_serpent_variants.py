@@ -1,4 +1,5 @@
 """SeRpEnt's other clocks, windows, restorations and teachers: each against a loop, and what must always hold."""
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -319,8 +320,10 @@ def test_lessons_move_gradients_and_not_the_loss_also_where_blocks_are_recompute
     serpent = dict(clock="routed") if how == "routed" else dict(teach=how)
     model, *batch = model_and_batch(**serpent, teach_weight=0.1)
     loss, taught = gradients_of(model, *batch)
+    value = model.taught.item()
     model.activation_checkpointing = True
     again, recomputed = gradients_of(model, *batch)
+    assert model.taught.item() == pytest.approx(2 * value) and value > 0
     assert torch.equal(loss, again) and all(torch.equal(g, recomputed[name]) for name, g in taught.items())
     with torch.no_grad():
         assert torch.equal(model(*batch)[0], loss)
@@ -391,7 +394,7 @@ def test_what_the_outputs_gradients_teach_equals_a_loop(how, monkeypatch):
     x.requires_grad_()
     s, direction = branch.sampling, torch.randn(56, 6, dtype=torch.float64)
     alone, _ = branch(x, documents)
-    documents = replace(documents, lessons=[])
+    documents = replace(documents, lessons=teaching.Lessons(torch.zeros((), dtype=torch.float64)))
     z, _ = branch(x, documents)
     assert torch.equal(z, alone)
     losses = teaching.Losses(torch.zeros(1, 56), torch.ones(1, 56, dtype=torch.bool), documents.reset)
@@ -401,7 +404,7 @@ def test_what_the_outputs_gradients_teach_equals_a_loop(how, monkeypatch):
     found, plain = (torch.autograd.grad(value, branch.clock_bias)[0].item() for value in (taught, before))
     clock, fire = clock_of(branch, x.detach(), documents)
     gate = torch.sigmoid(x[0] @ branch.clock_weight + branch.clock_bias).detach()
-    slope, want = (s.high - s.low) * gate * (1 - gate), 0.0
+    slope, want, value = (s.high - s.low) * gate * (1 - gate), 0.0, 0.0
     if how == "confidence":
         for l in range(56):
             sign = 0 if documents.reset[0, l] else 1 if fire[0, l] else -1
@@ -417,5 +420,8 @@ def test_what_the_outputs_gradients_teach_equals_a_loop(how, monkeypatch):
         weights = [1 / float(s.low + (s.high - s.low) * gate[tokens[j]]) for j in chosen]
         targets = by_rank(worth, weights, (s.high - 0.3) / (0.3 - s.low))
         for j, target, weight in zip(chosen, targets, weights):
-            want += 0.7 * (float(gate[tokens[j]]) - target) * weight / sum(weights)
+            p = float(gate[tokens[j]])
+            want += 0.7 * (p - target) * weight / sum(weights)
+            value -= (target * math.log(p) + (1 - target) * math.log(1 - p)) * weight / sum(weights)
+        assert documents.lessons.taught.item() == pytest.approx(value, rel=1e-5)
     assert found - plain == pytest.approx(want, rel=1e-4)

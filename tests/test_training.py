@@ -27,6 +27,7 @@ training: {max_steps: 40, global_batch: 8, micro_batch: 2, precision: fp32, zero
 checkpoint: {every: 10, keep_last: 2}
 evaluation: {every: 20, max_windows: 8}
 """
+TAUGHT = "model.serpent.teach=surprise", "model.serpent.teach_weight=0"  # weighs nothing, and is logged
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +111,11 @@ def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(w
 
 def test_one_process_gives_the_losses_of_two_and_any_accumulation(workplace):
     alone = config(workplace, "alone")
-    done = launch("pretrain.py", "--config", str(alone), "training.stop_at_step=12", "training.micro_batch=8")
+    done = launch("pretrain.py", "--config", str(alone), "training.stop_at_step=12", "training.micro_batch=8", *TAUGHT)
     assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (workplace / "alone" / "run" / "metrics.jsonl").read_text().splitlines()]
+    # At first every gate is 1/3 and the mean target too: H(1/3) of each of two branches.
+    assert math.isclose(next(line["teach_loss"] for line in lines if line["kind"] == "train"), 2 * 0.6365, rel_tol=1e-3)
     two = history(workplace / "whole")
     for key, loss in history(workplace / "alone").items():
         if key in two:
@@ -131,7 +135,8 @@ def test_a_checkpoint_without_a_digest_is_resumed_with_one_that_counts_from_ther
     (path / "trainer.json").write_text(json.dumps(state))
     entries = manifest.read_manifest(path)
     manifest.write_manifest(path, {**entries, "trainer.json": manifest.hash_file(path / "trainer.json")})
-    done = launch("pretrain.py", "--config", str(config(workplace, "aged")), "training.stop_at_step=14", "training.micro_batch=8")
+    done = launch("pretrain.py", "--config", str(config(workplace, "aged")), "training.stop_at_step=14", "training.micro_batch=8",
+                  *TAUGHT)
     assert done.returncode == 0 and "data_digest counts those after step 12" in done.stdout, done.stderr
     stream = TokenStream(workplace / "data", "train", 32, 1234, 64)
     expected = {12 + n: digest.to_hex(stream.batch(96, 8 * n).digest) for n in (1, 2)}

@@ -22,7 +22,7 @@ class Documents:
     since_reset (B, L) int64: tokens since the document's first token, at least FAR where that lies before the batch.
     n_live (B,) int64: slots in use per row, None if all are. These two follow from the others, for whom does not know them yet.
     pieces: at most so many pieces of documents in a row, on the host; None: not known there, `lengths` not being given.
-    lessons: where branches of a layer leave what the loss is to teach them (model/teaching.py); None: nobody reads it.
+    lessons: where branches of a layer leave what the loss is to teach them (`teaching.Lessons`); None: nobody reads it.
     shard: what is to be known where the rows are pieces of longer ones whose other pieces are elsewhere, None if they are not.
     """
 

@@ -14,7 +14,7 @@ from serpent_scale.model.mixer import Mixer
 from serpent_scale.model.mixers import build_mixer
 from serpent_scale.model.serpent import Branch
 from serpent_scale.model.stack import Block, RMSNorm
-from serpent_scale.model.teaching import add_lessons
+from serpent_scale.model.teaching import Lessons, add_lessons
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -63,6 +63,7 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             weight = nn.Parameter(torch.empty_like(weight).normal_(std=0.02))
         self.readout = Readout(weight, config)
+        self.taught: Tensor | None = None  # (), what lessons came to, summed over passes; whoever reads it sets it to 0
 
     @property
     def has_lessons(self) -> bool:
@@ -91,8 +92,11 @@ class LanguageModel(nn.Module):
         """
         if documents is None:
             documents = Documents.whole(*tokens.shape, device=tokens.device)
-        lessons = [] if self.has_lessons and labels is not None and not per_token and torch.is_grad_enabled() else None
-        if lessons is not None:
+        lessons = None
+        if self.has_lessons and labels is not None and not per_token and torch.is_grad_enabled():
+            if self.taught is None:
+                self.taught = torch.zeros((), device=tokens.device)
+            lessons = Lessons(self.taught)
             documents = dataclasses.replace(documents, lessons=lessons)
         h = self.embedding(tokens).to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
         y, after = None, []

@@ -32,11 +32,21 @@ class Losses(NamedTuple):
 Lesson = Callable[[Losses], Tensor]  # a mean over tokens, to be minimised
 
 
-def add_lessons(loss: Tensor, nll: Tensor, labels: Tensor, reset: Tensor, lessons: list[Lesson], weight: float) -> Tensor:
+class Lessons(list[Lesson]):
+    """taught: (), to which the values of all of them are added, when they are known."""
+
+    def __init__(self, taught: Tensor):
+        super().__init__()
+        self.taught = taught
+
+
+def add_lessons(loss: Tensor, nll: Tensor, labels: Tensor, reset: Tensor, lessons: Lessons, weight: float) -> Tensor:
     """The summed loss with the gradients of `weight` times the sum of the lessons, for each labelled token, and its own value."""
     known = labels >= 0
     losses = Losses(nll.view(labels.shape), known, reset)
-    extra = weight * known.sum() * torch.stack([lesson(losses) for lesson in lessons]).sum()
+    total = torch.stack([lesson(losses) for lesson in lessons]).sum()
+    lessons.taught.add_(total.detach())
+    extra = weight * known.sum() * total
     return loss + (extra - extra.detach())
 
 
@@ -54,7 +64,7 @@ def teach(
             return z if how == "centred" else z * confidence(interval, clock, documents.reset)[..., None].to(z.dtype)
         logit = (u.detach() * weight).sum(-1) + bias
         if how == "worth":
-            z, lesson = _Worth.apply(z, logit, y.detach(), clock, sampling)
+            z, lesson = _Worth.apply(z, logit, y.detach(), clock, sampling, documents.lessons.taught)
             documents.lessons.append(lambda losses: lesson)
         else:
             own = how == "surprise"
@@ -105,7 +115,8 @@ def targets(values: Tensor, weights: Tensor, sampling: Sampling) -> Tensor:
 
 
 class _Worth(torch.autograd.Function):
-    """Identity on z, and a lesson whose gradient is formed in the backward pass, where it is known what emissions were worth.
+    """Identity on z, and a lesson whose gradient is formed in the backward pass, where it is known what emissions were worth; its
+    value, 0 before, is added to `taught` there.
 
     Had element j waited a token longer, its token e would have read y_{j-1} for y_j. Its nll then moves by g . (y_{j-1} - y_j) in
     the first order, g = dL/dz_e: 0 in the mean where the model fits, and by half the square of that in the second, with the
@@ -114,9 +125,9 @@ class _Worth(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, logit, y, clock, sampling):
+    def forward(ctx, z, logit, y, clock, sampling, taught):
         ctx.save_for_backward(logit, y, clock.emitter, clock.live & ~clock.reset)
-        ctx.sampling = sampling
+        ctx.sampling, ctx.taught = sampling, taught
         return z.view_as(z), logit.new_zeros(())
 
     @staticmethod
@@ -128,11 +139,13 @@ class _Worth(torch.autograd.Function):
         # A row's first element is no choice either: its slot is left out with those of documents' first.
         worth = (g[:, 1:] * y.diff(dim=1).to(logit.dtype)).sum(-1).square()
         worth = F.pad(worth, (1, 0)).masked_fill(~counts, 0)
-        gate = logit.sigmoid().gather(1, emitter)
+        logit = logit.gather(1, emitter)
+        gate = logit.sigmoid()
         rate = sampling.rate / TICKS
         weights = (RESOLUTION * rate / (sampling.low + (sampling.high - sampling.low) * gate)).round().long() * (worth > 0)
-        residual = gate - targets(worth, weights, sampling).to(logit.dtype)
-        moved = grad_lesson * residual * weights / weights.sum().clamp(min=1)
+        target, share = targets(worth, weights, sampling).to(logit.dtype), weights / weights.sum().clamp(min=1)
+        moved = grad_lesson * (gate - target) * share
+        ctx.taught.add_((F.binary_cross_entropy_with_logits(logit, target, reduction="none") * share).sum())
         # Slots out of use write to one token more, which is dropped.
         at = torch.where(counts, emitter, length)
-        return grad, moved.new_zeros(len(moved), length + 1).scatter(1, at, moved)[:, :length], None, None, None
+        return grad, moved.new_zeros(len(moved), length + 1).scatter(1, at, moved)[:, :length], None, None, None, None

@@ -57,7 +57,8 @@ class Metrics:
 
     def log(self, step: int, values: dict) -> None:
         """A training step: loss, grad_norm, lr, tokens_per_second, mfu, memory_gib, tokens, data_seconds, data_share (of
-        the step, waiting for data), data_digest (hex, of all samples consumed so far), ..."""
+        the step, waiting for data), data_digest (hex, of all samples consumed so far), teach_loss (of the terms that
+        model.serpent.teach or the routed clock add, without their weight: the sum over branches, the mean over passes), ..."""
         self._write("train", step, values)
         if self._bar is not None:
             self._bar.set_postfix_str(_short(values), refresh=False)

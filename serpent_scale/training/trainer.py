@@ -201,7 +201,9 @@ class Trainer:
         totals, data_seconds = torch.zeros(2, dtype=torch.float64, device=self.processes.device), 0.0
         consumed = skipped = 0
         before = self.sequence.elements.clone() if self.sequence else None
-        losses, accumulation = [], self._begin_step()
+        losses, accumulation, model = [], self._begin_step(), self.engine.module
+        if model.taught is not None:
+            model.taught.zero_()
         for micro_step in range(accumulation):
             watchdog.beat(f"step {self.step + 1}, pass {micro_step + 1}")
             fetched = time.perf_counter()
@@ -225,8 +227,9 @@ class Trainer:
         elements = torch.zeros(self.processes.world_size, dtype=torch.float64, device=self.processes.device)
         if self.sequence:
             elements[self.processes.rank] = self.sequence.elements - before
-        totals = torch.cat([totals, elements, send(counts, self.processes.device)])
-        loss_sum, labels, *rest = all_reduce_sum(totals).tolist()
+        taught = totals.new_zeros(1) if model.taught is None else model.taught.double()[None]
+        totals = torch.cat([totals, taught, elements, send(counts, self.processes.device)])
+        loss_sum, labels, lessons, *rest = all_reduce_sum(totals).tolist()
         elements, (skipped, stop, done, *limbs) = rest[: len(elements)], rest[len(elements) :]
         self.stopping, self.written = stop > 0, done == self.processes.world_size
         if skipped:
@@ -243,7 +246,8 @@ class Trainer:
             "mfu": self.flops * tokens / seconds / self.peak if self.peak else None, "memory_gib": peak_memory_gib(),
             "step_seconds": seconds, "data_seconds": data_seconds, "data_share": data_seconds / seconds,
             "data_digest": digest.to_hex(self.digest), "tokens_skipped": self.stream.tokens_skipped,
-        } | ({"sequence_load": load(elements, self.config.parallel.sequence)} if any(elements) else {})
+        } | ({"sequence_load": load(elements, self.config.parallel.sequence)} if any(elements) else {}) | (
+            {} if model.taught is None else {"teach_loss": lessons / (accumulation * self.processes.world_size)})  # fmt: skip
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
