@@ -4,7 +4,8 @@
 data: documents, tokens, tokens per byte, lengths of documents and some of them, as text and with --out as a picture.
 proposition1: that an element's trace in the state is linear in its interval (Proposition 1 of arXiv 2501.11729), and, with
 --checkpoint and --text, whether the intervals a model has learned tell how much elements matter.
-clock: a page (clock.html, nothing beside it needed) and a picture (clock.png) of a text with the interval of each token.
+clock: a page (clock.html, nothing beside it needed) and a picture (clock.png) of a text with the interval of each token, or with
+a routed clock's probabilities.
 sizes: parameters and FLOPs per token of a configuration's model, and of one of its size for each place compression may sit.
 """
 from __future__ import annotations
@@ -156,7 +157,8 @@ def show_clock(args: argparse.Namespace) -> None:
     plots.clock(branches, pieces, places, args.out / "clock.png")
     print(f"{'':<22}{'target':>8}{'realised':>10}{'cut by band':>13}")
     for b in branches:
-        print(f"layer {b.layer:<3} rate {b.rate:<8g}{b.rate:>8.3f}{b.realised:>10.3f}{b.saturation:>13.1%}")
+        cut = "routed" if b.routed else f"{b.saturation:.1%}"
+        print(f"layer {b.layer:<3} rate {b.rate:<8g}{b.rate:>8.3f}{b.realised:>10.3f}{cut:>13}")
     print(f"wrote {args.out / 'clock.html'} and {args.out / 'clock.png'}")
 
 

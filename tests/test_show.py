@@ -53,12 +53,12 @@ def build(pattern, **serpent):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A folder with `model` (SeRpEnt), `plain` (Mamba) and text.txt."""
+    """A folder with `model` (SeRpEnt), `routed` (with that clock), `plain` (Mamba) and text.txt."""
     folder = tmp_path_factory.mktemp("show")
     train_tokenizer([TEXT * 2], 300, folder / "tokenizer.json")
     tokenizer = (folder / "tokenizer.json").read_text()
-    for name, pattern in (("model", ["mamba", "serpent"]), ("plain", ["mamba"])):
-        model, config = build(pattern)
+    for name, pattern in (("model", ["mamba", "serpent"]), ("plain", ["mamba"]), ("routed", ["mamba", "serpent"])):
+        model, config = build(pattern, **({"clock": "routed"} if name == "routed" else {}))
         store.save_parameters(folder / name, model.state_dict(), {"config.yaml": config.to_yaml(), "tokenizer.json": tokenizer})
     (folder / "text.txt").write_text(TEXT)
     return folder
@@ -156,6 +156,24 @@ def test_clocks_are_those_of_the_layer_written_out():
         assert branch.window.dev.item() / TICKS == pytest.approx(b.ahead[-1], abs=1e-6)
 
 
+def test_a_routed_clock_is_that_of_the_layer_written_out():
+    model, _ = build(["mamba", "serpent"], clock="routed")
+    tokens, heard = torch.randint(0, 300, (200,)), []
+    layer = model.blocks[1].mixer
+    hook = layer.register_forward_pre_hook(lambda _, arguments: heard.append(arguments[0][0]))
+    branches = clock.clocks(model, tokens)
+    hook.remove()
+    for b, branch in zip(branches, layer.branches[1:], strict=True):
+        assert b.routed and not b.cut.any() and b.rate == branch.rate
+        keys = heard[0] @ branch.key_weight.t()
+        likeness = torch.cosine_similarity((heard[0] @ branch.query_weight.t())[1:], keys[:-1], dim=-1)
+        p = np.append(1, (1 - likeness.detach().numpy()) / 2)
+        np.testing.assert_allclose(b.interval, p, atol=1e-5)
+        assert ((p > 0.501) <= b.emits).all() and (b.emits <= (p > 0.499)).all() and 0 < b.realised < 1
+        assert b.ahead[-1] == pytest.approx(b.emits.sum() - 200 * b.rate)
+        np.testing.assert_allclose(b.shades, 2 * p - 1, atol=1e-5)
+
+
 def test_places_in_words():
     pieces = ["The", " qu", "ick", "ly", ",", " 7", " ", "\n", "a", "b", " don", "'", "t", "", "(f", "oo"]
     names = ["" if p < 0 else clock.PLACES[p] for p in clock.places_in_words(pieces)]
@@ -199,10 +217,11 @@ class Page(HTMLParser):
             self.tokens[-1] += text
 
 
-def test_the_page_draws_itself_in_a_browser(checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["model", "routed"])
+def test_the_page_draws_itself_in_a_browser(checkpoints, tmp_path, capsys, name):
     text = tmp_path / "<!--<script>.txt"  # unescaped, it would hide the end of the script element that it stands in
     text.write_text(TEXT)
-    show("clock", "--checkpoint", checkpoints / "model", "--text", text, "--out", tmp_path)
+    show("clock", "--checkpoint", checkpoints / name, "--text", text, "--out", tmp_path)
     assert "rate 0.25" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "clock.png").convert("RGB"))
     assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 200
@@ -220,7 +239,8 @@ def test_the_page_draws_itself_in_a_browser(checkpoints, tmp_path, capsys):
     address = f"file://{tmp_path}/clock.html#1"
     dom = subprocess.run([*browser, "--dump-dom", address], capture_output=True, text=True, timeout=60).stdout
     page = Page(dom)
-    assert html.unescape(re.search("<title>(.*?)</title>", dom)[1]) == "Clock of run, model"
+    assert html.unescape(re.search("<title>(.*?)</title>", dom)[1]) == f"Clock of run, {name}"
+    assert ("something new begins" in dom.split("<script")[0]) == (name == "routed")
     assert page.tokens[0] == "start" and "".join(page.tokens[1:]).replace("↵", "") == TEXT
     assert page.emitting == data["branches"][1]["emits"].count("1")
     assert page.found["svg"] == 3 and page.found["button"] == 2 and dom.count('aria-pressed="true"') == 1

@@ -5,6 +5,7 @@ Legend: L tokens, the first one the mark that begins a document.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from serpent_scale.errors import UserError
 from serpent_scale.kernels.resample.reference import TICKS, intervals, run_clock
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
+from serpent_scale.model.routing import RoutedBranch
 from serpent_scale.model.serpent import Branch, Serpent
 
 PLACES = ("whole word", "first of a word", "inside a word", "last of a word", "punctuation, digits", "white space")
@@ -29,6 +31,9 @@ class BranchClock:
 
     interval (L,) what each token asked for, in [low, high]; ahead (L,) how far the clock is ahead of rate x position, within
     [-band, band]; emits (L,) bool; cut (L,) bool, True where the band cut the token's step.
+
+    Of a routed branch: interval, the probability, in [0, 1], that something new begins with the token; ahead, elements emitted
+    less rate x position, which nothing bounds; band 0, and nothing is cut.
     """
 
     layer: int
@@ -40,6 +45,17 @@ class BranchClock:
     ahead: np.ndarray
     emits: np.ndarray
     cut: np.ndarray
+    routed: bool = False
+
+    @property
+    def shades(self) -> np.ndarray:
+        """(L,) how each token is coloured, from -1, the least, over 0 at the rate, or where p is a half, to 1. Of intervals by
+        their logarithm: half is as far as double."""
+        if self.routed:
+            return 2 * self.interval - 1
+        below, above = math.log(self.rate / self.low), math.log(self.high / self.rate) or 1.0
+        x = np.log(self.interval / self.rate)
+        return np.where(x < 0, x / below, x / above)
 
     @property
     def realised(self) -> float:
@@ -61,17 +77,17 @@ def clocks(model: LanguageModel, tokens: Tensor) -> list[BranchClock]:
     """Every branch below rate 1, in order, over one document of tokens (L,) int64. Raises UserError if there is none."""
     found, hooks = [], []
 
-    def listen(layer: int, branch: Branch):
-        return branch.register_forward_pre_hook(lambda _, args: found.append(_read(layer, branch, args[0], args[1])))
+    def listen(layer: int, branch: Branch | RoutedBranch):
+        read = _read_routed if isinstance(branch, RoutedBranch) else _read
+        return branch.register_forward_pre_hook(lambda _, args: found.append(read(layer, branch, args[0], args[1])))
 
     for layer, block in enumerate(model.blocks):
         if isinstance(block.mixer, Serpent):
-            hooks += [listen(layer, branch) for branch in block.mixer.branches if isinstance(branch, Branch)]
+            hooks += [listen(layer, b) for b in block.mixer.branches if isinstance(b, (Branch, RoutedBranch))]
     if not hooks:
         pattern, rates = ", ".join(model.config.pattern), model.config.serpent.rates
-        serpent = f"model.serpent.rates={rates}, model.serpent.clock={model.config.serpent.clock}"
-        raise UserError(f"model.pattern=[{pattern}] with {serpent} has no clock to show; "
-                        "name a checkpoint with a SeRpEnt branch below rate 1 that is not routed")  # fmt: skip
+        raise UserError(f"model.pattern=[{pattern}] with model.serpent.rates={rates} has no clock to show; "
+                        "name a checkpoint with a SeRpEnt branch below rate 1")  # fmt: skip
     try:
         model(tokens[None])
     finally:
@@ -90,6 +106,13 @@ def _read(layer: int, branch: Branch, u: Tensor, documents: Documents) -> Branch
     values = (asked[0], ahead / TICKS, emits, clock.cut[0] == at)
     return BranchClock(layer, sampling.rate / TICKS, sampling.low, sampling.high, sampling.band / TICKS,
                        *(value.cpu().numpy() for value in values))
+
+
+def _read_routed(layer: int, branch: RoutedBranch, u: Tensor, documents: Documents) -> BranchClock:
+    p = branch.boundaries(u, documents.reset)[0][0].cpu().numpy()
+    emits = p >= 0.5
+    ahead = emits.cumsum() - branch.rate * np.arange(1, len(p) + 1)
+    return BranchClock(layer, branch.rate, 0.0, 1.0, 0.0, p, ahead, emits, np.zeros_like(emits), routed=True)
 
 
 def encode(tokenizer: Tokenizer, text: str, most: int) -> tuple[list[int], list[str]]:
@@ -125,11 +148,12 @@ def page(title: str, source: str, pieces: list[str], places: np.ndarray, branche
     """
     data = {
         "title": title, "source": source, "places": PLACES, "pieces": ["", *pieces],
+        "routed": any(b.routed for b in branches),
         "branches": [
             {
                 "layer": b.layer, "rate": b.rate, "low": b.low, "high": b.high, "band": b.band, "realised": b.realised,
                 "saturation": b.saturation, "byPlace": b.by_place(np.append(-1, places)),
-                "interval": b.interval.round(4).tolist(), "ahead": b.ahead.round(3).tolist(),
+                "interval": b.interval.round(4).tolist(), "shades": b.shades.round(3).tolist(), "ahead": b.ahead.round(3).tolist(),
                 "emits": "".join("01"[int(v)] for v in b.emits), "cut": "".join("01"[int(v)] for v in b.cut),
             }
             for b in branches

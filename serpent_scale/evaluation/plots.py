@@ -121,12 +121,14 @@ def clock(branches: list[BranchClock], pieces: list[str], places: np.ndarray, pn
     figure, grid = plt.subplots(len(branches), 2, figsize=(15, (0.27 * lines + 0.75) * len(branches) + 0.5), layout="constrained",
                                 squeeze=False, gridspec_kw={"width_ratios": [4.2, 1]})  # fmt: skip
     legend = "colour: interval, blue short, orange long; dark bar: emits an element; red line: cut by the band"
+    if any(b.routed for b in branches):
+        legend = "colour: probability that something new begins, blue 0, orange 1; dark bar: emits an element"
     figure.suptitle(legend, x=0.01, ha="left", fontsize=10, color="#667085")
     for b, (text, bars) in zip(branches, grid):
+        shades = b.shades
         for i, row, left, shown in boxes:
-            side = b.low if b.interval[i] < b.rate else b.high
-            x = np.log(b.interval[i] / b.rate) / abs(np.log(side / b.rate) or 1)
-            text.add_patch(plt.Rectangle((left, -row - 0.42), len(shown), 0.84, color=CLOCK_COLOURS(0.5 + 0.33 * x), linewidth=0))
+            color = CLOCK_COLOURS(0.5 + 0.33 * shades[i])
+            text.add_patch(plt.Rectangle((left, -row - 0.42), len(shown), 0.84, color=color, linewidth=0))
             if shown and b.emits[i]:
                 text.add_patch(plt.Rectangle((left + 0.08, -row - 0.42), len(shown) - 0.16, 0.12, color="#1d2530", linewidth=0))
             if shown and b.cut[i]:
@@ -136,8 +138,10 @@ def clock(branches: list[BranchClock], pieces: list[str], places: np.ndarray, pn
                           va="center")  # fmt: skip
         text.set(xlim=(0, columns), ylim=(-lines + 0.5, 0.5), xticks=[], yticks=[])
         text.spines[:].set_visible(False)
-        text.set_title(f"layer {b.layer}, rate {b.rate:g}: {b.realised:.1%} of tokens emit, {b.saturation:.1%} cut by the band; "
-                       f"intervals {b.low:.3g} to {b.high:.3g}", loc="left", fontsize=10)  # fmt: skip
+        title = f"layer {b.layer}, rate {b.rate:g}: {b.realised:.1%} of tokens emit"
+        if not b.routed:
+            title += f", {b.saturation:.1%} cut by the band; intervals {b.low:.3g} to {b.high:.3g}"
+        text.set_title(title, loc="left", fontsize=10)
         counts = b.by_place(np.append(-1, places))
         shares = [emitted / tokens if tokens else 0 for tokens, emitted in counts]
         bars.barh(PLACES, shares, color=["#e08a3c" if share >= b.realised else "#7fabd2" for share in shares], height=0.7)

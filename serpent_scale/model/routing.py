@@ -43,7 +43,7 @@ class RoutedBranch(nn.Module):
 
     def forward(self, u: Tensor, documents: Documents, state: RoutedState | None = None) -> tuple[Tensor, RoutedState]:
         key, inner, output = (None, None, None) if state is None else state
-        p, key = self._boundaries(u, documents.reset, key)
+        p, key = self.boundaries(u, documents.reset, key)
         emits = p >= 0.5
         newest = emits.cumsum(1) - 1
         emitter, live = _slots(emits, newest)
@@ -65,7 +65,7 @@ class RoutedBranch(nn.Module):
             documents.lessons.append(lambda losses: ratio_loss(p, emits, self.rate, losses))
         return z.to(y.dtype), RoutedState(key, inner, at_slots(smoothed, newest[:, -1:] + 1)[:, 0])
 
-    def _boundaries(self, u: Tensor, reset: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
+    def boundaries(self, u: Tensor, reset: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p (B, L) that a token begins something new, 1 at the first of a document; the last token's key (B, R))."""
         with torch.autocast(u.device.type, enabled=False):
             u = u.to(torch.promote_types(u.dtype, torch.float32))
