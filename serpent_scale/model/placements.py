@@ -31,6 +31,7 @@ def placements(config: ModelConfig) -> dict[str, ModelConfig]:
         "alternating-half": placed([inner, "serpent"], [0.5]),
         "thirds": placed([inner, inner, "serpent"], rates),
         "runs": placed([inner, "serpent"] * (n // 3) + [inner] * (n % 3), [0.5], depth=2),
+        "runs-wide": placed([inner, "serpent"] * (n // 3) + [inner] * (n % 3), rates, wide, 2),
         "hourglass": placed([*quarter, "serpent", *quarter], [0.5], depth=between),
         "hourglass-4": placed([*quarter, "serpent", *quarter], [0.25], depth=between),
         "hourglass-wide": placed([*quarter, "serpent", *quarter], rates, wide, between),
