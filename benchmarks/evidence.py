@@ -3,10 +3,11 @@
     python benchmarks/evidence.py --data DATA --score wikitext-103=OTHER --out FILE.jsonl
     python benchmarks/evidence.py --out FILE.jsonl --report
 
-First each variant's learning rate is chosen by short runs, then it is trained on --seeds seeds; plain Mamba also on fewer tokens,
-so that the others can be compared with it at equal FLOPs and equal time. Trained with AdamW and a cosine schedule as
-launch/pretrain.py does, without its launcher; several runs share the GPU. Run again, it goes on where it stopped: a run's line in
-FILE.jsonl is written when it is done. DATA and OTHER: prepared folders of one tokenizer (launch/prepare_data.py).
+First each variant's learning rate is chosen by short runs, or by whole ones on the first seed where --search-tokens says as
+many as --tokens; then it is trained on --seeds seeds; plain Mamba also on fewer tokens, so that the others can be compared with
+it at equal FLOPs and equal time. Trained with AdamW and a cosine schedule as launch/pretrain.py does, without its launcher;
+several runs share the GPU. Run again, it goes on where it stopped: a run's line in FILE.jsonl is written when it is done. DATA
+and OTHER: prepared folders of one tokenizer (launch/prepare_data.py).
 """
 from __future__ import annotations
 
@@ -170,9 +171,9 @@ def read(out: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
 
 
-def best_lr(lines: list[dict], variant: str, tokens: int, key: str) -> float | None:
-    found = [(line[key], line["lr"]) for line in lines
-             if line.get("variant") == variant and line.get("tokens") == tokens and math.isfinite(line.get(key, math.nan))]
+def best_lr(lines: list[dict], variant: str, tokens: int, key: str, seed: int) -> float | None:
+    found = [(line[key], line["lr"]) for line in lines if line.get("variant") == variant and line.get("tokens") == tokens
+             and line["seed"] == seed and math.isfinite(line.get(key, math.nan))]  # fmt: skip
     return min(found)[1] if found else None
 
 
@@ -181,7 +182,8 @@ def report(out: Path) -> str:
     head = next(line for line in lines if "setup" in line)
     setup, tokens = Setup(**{**head["setup"], "scores": tuple(map(tuple, head["setup"]["scores"]))}), head["tokens"]
     names, times = [name for name, _ in setup.scores], {line["timed"]: line["ms"] for line in lines if "timed" in line}
-    runs = [line for line in lines if "seed" in line and line["tokens"] > head["search_tokens"] and "error" not in line]
+    chosen = {variant: best_lr(lines, variant, tokens, "own", 1) for variant in VARIANTS}
+    runs = [line for line in lines if line.get("seed") and "error" not in line and line["lr"] == chosen[line["variant"]]]
 
     def mean(rows: list[dict], name: str) -> float:
         return statistics.mean(row[name] for row in rows)
@@ -258,13 +260,14 @@ def main() -> None:
     if not read(arguments.out):
         head = {"setup": dataclasses.asdict(setup), "tokens": arguments.tokens, "search_tokens": arguments.search_tokens}
         arguments.out.write_text(json.dumps(head) + "\n")
+    searched = int(arguments.search_tokens == arguments.tokens)  # the seed: whole runs are the first of those to come
     if "search" in arguments.phase and len(arguments.lrs) > 1:
-        search = [Job(variant, lr, 0, arguments.search_tokens) for variant in arguments.only for lr in arguments.lrs]
+        search = [Job(variant, lr, searched, arguments.search_tokens) for variant in arguments.only for lr in arguments.lrs]
         run_all(search, setup, arguments.out, arguments.workers)
     if "train" in arguments.phase:
         jobs, lines = [], read(arguments.out)
         for variant in arguments.only:
-            lr = best_lr(lines, variant, arguments.search_tokens, "own") if len(arguments.lrs) > 1 else arguments.lrs[0]
+            lr = best_lr(lines, variant, arguments.search_tokens, "own", searched) if len(arguments.lrs) > 1 else arguments.lrs[0]
             if lr is None:
                 continue
             lengths = [arguments.tokens, *(int(share * arguments.tokens) for share in SHORTER * (variant == REFERENCE))]
