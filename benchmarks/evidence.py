@@ -48,17 +48,16 @@ CLOCKS = {
 LAYERS = {
     "stride": {"clock": "stride"},
     "mean": {"window": "segment_mean"},
-    "figure2": {"window": "pointwise", "restore": "hold"},
+    "figure2": {"window": "pointwise", "restore": "hold", "join": "project"},
     "held": {"restore": "hold"},
-    "added": {"clock": "uniform", "join": "add"},
-    "added-surprise": {"teach": "surprise", "join": "add"},
+    "projected": {"clock": "uniform", "join": "project"},
 }
 VARIANTS = {  # where compression sits (serpent_scale/model/placements.py), settings of SeRpEnt
     REFERENCE: (REFERENCE, {}),
     **{f"{place}/{clock}": (place, CLOCKS[clock]) for clock in ("uniform", "learned") for place in PLACES},
     **{f"{place}/{clock}": (place, CLOCKS[clock]) for place in ("alternating", "hourglass") for clock in CLOCKS},
     **{f"alternating/{name}": ("alternating", settings) for name, settings in LAYERS.items()},
-    "serpent/added": ("serpent", LAYERS["added"]),
+    "serpent/projected": ("serpent", LAYERS["projected"]),
 }
 SHORTER = (0.5, 0.7)  # of the tokens: what Mamba is also trained on
 
