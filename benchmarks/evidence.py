@@ -3,11 +3,11 @@
     python benchmarks/evidence.py --data DATA --score wikitext-103=OTHER --out FILE.jsonl
     python benchmarks/evidence.py --out FILE.jsonl --report
 
-First each variant's learning rate is chosen by short runs, or by whole ones on the first seed where --search-tokens says as many
-as --tokens; then it is trained on --seeds seeds; plain Mamba also on fewer tokens,
-so that the others can be compared with it at equal FLOPs and equal time. Trained with AdamW and a cosine schedule as
-launch/pretrain.py does, without its launcher; several runs share the GPU. Run again, it goes on where it stopped: a run's line in
-FILE.jsonl is written when it is done. DATA and OTHER: prepared folders of one tokenizer (launch/prepare_data.py).
+First each variant's learning rate is chosen by short runs, or by whole ones on the first seed where --search-tokens says as
+many as --tokens; then it is trained on --seeds seeds; plain Mamba also on fewer tokens, so that the others can be compared with
+it at equal FLOPs and equal time. Trained with AdamW and a cosine schedule as launch/pretrain.py does, without its launcher;
+several runs share the GPU. Run again, it goes on where it stopped: a run's line in FILE.jsonl is written when it is done. DATA
+and OTHER: prepared folders of one tokenizer (launch/prepare_data.py).
 """
 from __future__ import annotations
 
@@ -48,17 +48,16 @@ CLOCKS = {
 LAYERS = {
     "stride": {"clock": "stride"},
     "mean": {"window": "segment_mean"},
-    "figure2": {"window": "pointwise", "restore": "hold"},
+    "figure2": {"window": "pointwise", "restore": "hold", "join": "project"},
     "held": {"restore": "hold"},
-    "added": {"clock": "uniform", "join": "add"},
-    "added-surprise": {"teach": "surprise", "join": "add"},
+    "projected": {"clock": "uniform", "join": "project"},
 }
 VARIANTS = {  # where compression sits (serpent_scale/model/placements.py), settings of SeRpEnt
     REFERENCE: (REFERENCE, {}),
     **{f"{place}/{clock}": (place, CLOCKS[clock]) for clock in ("uniform", "learned") for place in PLACES},
     **{f"{place}/{clock}": (place, CLOCKS[clock]) for place in ("alternating", "hourglass") for clock in CLOCKS},
     **{f"alternating/{name}": ("alternating", settings) for name, settings in LAYERS.items()},
-    "serpent/added": ("serpent", LAYERS["added"]),
+    "serpent/projected": ("serpent", LAYERS["projected"]),
 }
 SHORTER = (0.5, 0.7)  # of the tokens: what Mamba is also trained on
 

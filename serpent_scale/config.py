@@ -129,7 +129,7 @@ class SerpentConfig:
     shares: list[float] = setting([], "relative widths of the branches, inside and of their outputs; []: all equal")
     depth: int = setting(1, "layers it stands for: each branch compresses once for a run of this many blocks of `inner`", ge=1)
     join: str = setting(
-        "project", "several branches: project, each puts out a share of d_model and a map of all follows; add, each writes "
+        "add", "several branches: project, each puts out a share of d_model and a map of all follows; add, each writes "
         "all of d_model, as it does where depth > 1", choices=("project", "add"),
     )
     d_inner: Optional[int] = setting(None, "inner widths, summed; null: as many parameters as `depth` layers of `inner`", ge=1)
@@ -527,6 +527,9 @@ def _check_combinations(config: Config) -> None:
         if getattr(model.serpent, key) != only:
             raise UserError(f"model.serpent.{key}={getattr(model.serpent, key)} has no meaning with model.serpent.clock=routed, "
                             f"which has its own; leave it at {only}")  # fmt: skip
+    if model.serpent.window == "pointwise" and model.serpent.join == "add" and len(rates) > 1 and model.serpent.depth == 1:
+        raise UserError("model.serpent.window=pointwise maps windows to what a branch puts out, which takes more parameters than "
+                        "a layer has where each of several branches puts out d_model; set model.serpent.join=project")
     if model.serpent.teach != "durations" and model.serpent.clock != "learned":
         raise UserError(f"model.serpent.teach={model.serpent.teach} teaches a learned clock, model.serpent.clock is "
                         f"{model.serpent.clock}; set model.serpent.clock=learned or model.serpent.teach=durations")  # fmt: skip

@@ -206,6 +206,9 @@ def test_a_serpent_layer_around_mamba2_has_the_parameters_of_a_mamba2_layer_to_h
 @pytest.mark.parametrize("inner", configuration.MIXERS[1:])
 def test_bf16_autocast_stays_near_float32(inner):
     model = small((inner, "serpent"), inner)
+    for name, parameter in model.named_parameters():
+        if "clock_weight" in name:
+            parameter.data.zero_()  # inputs rounded differently would make others emit
     tokens, documents = row()
     exact, states = model(tokens, documents)
     with torch.autocast("cpu", torch.bfloat16):

@@ -76,7 +76,7 @@ def test_a_run_is_plain_residual_blocks_on_the_elements():
 def test_shares_split_the_inner_widths_and_those_of_the_outputs(d_model):
     unit = 16 if d_model >= 512 else 1
     for shares in ([0.6, 0.2, 0.2], [1.0, 3.0, 2.0], [98.0, 1.0, 1.0]):
-        inners, outs = branch_widths(d_model, SerpentConfig(shares=shares), Mamba, MambaConfig())
+        inners, outs = branch_widths(d_model, SerpentConfig(shares=shares, join="project"), Mamba, MambaConfig())
         assert sum(outs) == d_model and min(inners + outs) >= unit
         for widths in (inners, outs):
             for width, share in zip(widths, shares):
@@ -145,7 +145,7 @@ def test_recomputing_activations_changes_nothing(model):
 def test_everything_added_to_the_residual_stream_starts_scaled_by_the_depth():
     """At width 32 a linear map starts with weights up to 1/sqrt(fan in), those whose outputs are added up as one map would."""
     for serpent, expected in (
-        (dict(rates=[0.5], depth=3), 3), (dict(depth=2), 6), (dict(depth=1), 1), (dict(rates=[1.0]), 1), (dict(join="add"), 3),
+        (dict(rates=[0.5], depth=3), 3), (dict(depth=2), 6), (dict(depth=1), 3), (dict(rates=[1.0]), 1), (dict(join="project"), 1),
     ):
         torch.manual_seed(0)
         config = ModelConfig(vocab_size=97, d_model=32, n_layers=6, pattern=["serpent"], serpent=SerpentConfig(**serpent))

@@ -257,13 +257,15 @@ def test_rate_one_alone_is_exactly_the_inner_mixer():
     assert torch.equal(mixer(x.float(), documents)[0], mixer.branches[0](x.float(), documents)[0])
 
 
+@pytest.mark.parametrize("join", ["add", "project"])
 @pytest.mark.parametrize("d_model", [64, 128, 512, 768, 1024, 2048])
-def test_a_layer_has_as_many_parameters_as_a_mamba_layer(d_model):
-    config, mamba = SerpentConfig(), MambaConfig()
+def test_a_layer_has_as_many_parameters_as_a_mamba_layer(d_model, join):
+    config, mamba = SerpentConfig(join=join), MambaConfig()
     inners, outs = branch_widths(d_model, config, Mamba, mamba)
     ours = parameter_count(d_model, inners, outs, config, Mamba, mamba)
     plain = Mamba.parameter_count(d_model, 2 * d_model, d_model, mamba)
-    assert sum(outs) == d_model and abs(ours / plain - 1) < 0.01
+    assert outs == [d_model] * 3 if join == "add" else sum(outs) == d_model
+    assert abs(ours / plain - 1) < 0.01
     if d_model <= 128:
         with torch.device("meta"):
             assert sum(p.numel() for p in Serpent(d_model, config, Mamba, mamba).parameters()) == ours

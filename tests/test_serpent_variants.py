@@ -21,11 +21,11 @@ from serpent_scale.model.serpent import Branch, Serpent
 VARIANTS = {
     "stride": dict(clock="stride", rates=[1.0, 1 / 2, 1 / 3]),
     "segment mean": dict(window="segment_mean"),
-    "figure 2 and 3": dict(window="pointwise", restore="hold"),
+    "figure 2 and 3": dict(window="pointwise", restore="hold", join="project"),
     "blocks, mean, held": dict(clock="stride", window="segment_mean", restore="hold"),
-    "uniform, figure 2": dict(clock="uniform", window="pointwise"),
+    "uniform, figure 2": dict(clock="uniform", window="pointwise", join="project"),
     "a wider full-rate branch": dict(shares=[0.6, 0.2, 0.2]),
-    "branches added": dict(join="add"),
+    "projected": dict(join="project"),
     "a run": dict(rates=[0.5], depth=3),
     "runs side by side": dict(depth=2, shares=[3.0, 1.0, 2.0]),
     "a run of blocks, held": dict(clock="stride", rates=[0.25], restore="hold", window="pointwise", depth=2),
@@ -190,6 +190,7 @@ def test_a_layer_has_as_many_parameters_as_a_mamba_layer_and_its_flops_follow(na
     (dict(clock="stride", rates=[1.0, 0.3]), ["model.serpent.rates", "stride", "0.3", "0.333333"]),
     (dict(clock="fixed"), ["model.serpent.clock", "learned, uniform, stride, routed"]),
     (dict(clock="routed", restore="hold"), ["model.serpent.restore=hold", "clock=routed", "readout"]),
+    (dict(window="pointwise"), ["model.serpent.window=pointwise", "model.serpent.join=project"]),
     (dict(clock="uniform", teach="worth"), ["model.serpent.teach=worth", "model.serpent.clock is uniform"]),
     (dict(shares=[0.5, 0.5]), ["model.serpent.shares=[0.5, 0.5]", "each of model.serpent.rates=[1.0, 0.5, 0.25]"]),
     (dict(shares=[1.0, 0.0, 0.5]), ["model.serpent.shares=[1.0, 0.0, 0.5]", "> 0"]),
@@ -205,7 +206,7 @@ def test_refused(overrides, words):
 
 @pytest.mark.parametrize("key, value", [("clock", "routed"), ("teach", "confidence")])
 def test_shards_of_a_sequence_are_refused(key, value):
-    config = {"model": {"serpent": {key: value, "rates": [1.0, 0.5]}}, "training": {"max_steps": 1000}}
+    config = {"model": {"serpent": {key: value, "rates": [1.0, 0.5], "join": "project"}}, "training": {"max_steps": 1000}}
     with pytest.raises(UserError, match=f"parallel.sequence=2: model.serpent.{key}={value}"):
         parse_config(config | {"parallel": {"sequence": 2}})
 

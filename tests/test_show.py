@@ -47,7 +47,7 @@ def build(pattern, **serpent):
     model = LanguageModel(config.model).eval()
     for name, parameter in model.named_parameters():
         if "clock_weight" in name:
-            parameter.data.normal_(std=0.5)
+            parameter.data.normal_(std=0.8)
     return model, config
 
 

@@ -17,7 +17,6 @@ from data_pipeline.stream import TokenStream
 from serpent_scale.checkpoint import manifest
 
 ROOT = Path(__file__).parents[1]
-TEACH = "model.serpent.teach=surprise", "model.serpent.teach_weight=0"  # weighs nothing, and is logged
 SMALL = """
 run: {name: run, folder: RUNS}
 data: {path: DATA, seq_len: 32, shuffle_block: 64}
@@ -28,6 +27,7 @@ training: {max_steps: 40, global_batch: 8, micro_batch: 2, precision: fp32, zero
 checkpoint: {every: 10, keep_last: 2}
 evaluation: {every: 20, max_windows: 8}
 """
+TAUGHT = "model.serpent.teach=surprise", "model.serpent.teach_weight=0"  # weighs nothing, and is logged
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(w
 
 def test_one_process_gives_the_losses_of_two_and_any_accumulation(workplace):
     alone = config(workplace, "alone")
-    done = launch("pretrain.py", "--config", str(alone), "training.stop_at_step=12", "training.micro_batch=8", *TEACH)
+    done = launch("pretrain.py", "--config", str(alone), "training.stop_at_step=12", "training.micro_batch=8", *TAUGHT)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (workplace / "alone" / "run" / "metrics.jsonl").read_text().splitlines()]
     # At first every gate is 1/3 and the mean target too: H(1/3) of each of two branches.
@@ -135,8 +135,8 @@ def test_a_checkpoint_without_a_digest_is_resumed_with_one_that_counts_from_ther
     (path / "trainer.json").write_text(json.dumps(state))
     entries = manifest.read_manifest(path)
     manifest.write_manifest(path, {**entries, "trainer.json": manifest.hash_file(path / "trainer.json")})
-    aged = str(config(workplace, "aged"))
-    done = launch("pretrain.py", "--config", aged, "training.stop_at_step=14", "training.micro_batch=8", *TEACH)
+    done = launch("pretrain.py", "--config", str(config(workplace, "aged")), "training.stop_at_step=14", "training.micro_batch=8",
+                  *TAUGHT)
     assert done.returncode == 0 and "data_digest counts those after step 12" in done.stdout, done.stderr
     stream = TokenStream(workplace / "data", "train", 32, 1234, 64)
     expected = {12 + n: digest.to_hex(stream.batch(96, 8 * n).digest) for n in (1, 2)}
