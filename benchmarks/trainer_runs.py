@@ -16,7 +16,8 @@ from data_pipeline.files import sha256_of
 from data_pipeline.shards import prepare_split
 from serpent_scale.config import Config, ModelConfig, parse_config
 from serpent_scale.parallel.processes import Processes, broadcast_object
-from serpent_scale.training.trainer import Trainer, peak_memory_gib
+from serpent_scale.training.hardware import peak_memory_gib
+from serpent_scale.training.trainer import Trainer
 
 WORDS, LETTERS = 1000, 4  # of the made-up language: its words, tokens of each
 LONGEST = 15.0  # seconds for the measured steps, if that gives 5

@@ -46,7 +46,8 @@ def main() -> None:
             print_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         return
     ranks = processes.start(config.training.deterministic)
-    from serpent_scale.training.trainer import Trainer, prepare_run_folder  # after start(), which picks DeepSpeed's device
+    from serpent_scale.training.run_folder import prepare_run_folder
+    from serpent_scale.training.trainer import Trainer  # after start(), which picks DeepSpeed's device
 
     failed = True
     try:

@@ -53,7 +53,8 @@ def losses(config: Config) -> dict[int, float]:
 def train(processes, config: Config, prepare=None):
     """For `run_ranks`: what launch/pretrain.py does; whether the run was finished. `prepare(trainer)` may meddle with it."""
     from serpent_scale.parallel.processes import on_rank_zero
-    from serpent_scale.training.trainer import Trainer, prepare_run_folder
+    from serpent_scale.training.run_folder import prepare_run_folder
+    from serpent_scale.training.trainer import Trainer
 
     on_rank_zero(lambda: prepare_run_folder(config.run_folder))
     trainer = Trainer(config, processes, "auto")

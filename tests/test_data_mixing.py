@@ -42,7 +42,7 @@ def opened(data, **options) -> TokenStream:
 
 
 def test_stages_against_a_loop():
-    schedule, sample, tokens, seen, full = Schedule(SEQ_LEN, 5, STAGES), 0, 0, [], []
+    schedule, sample, tokens, seen = Schedule(SEQ_LEN, 5, STAGES), 0, 0, []
     shapes = [(length, batch) for steps, length, batch in STAGES for _ in range(steps)] + [(SEQ_LEN, 5)] * 4
     for step, (length, batch) in enumerate(shapes):
         stage = schedule.stage(step)

@@ -256,7 +256,7 @@ def test_one_bit_that_differs_between_replicas_is_found(data, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    code = ("import sys; from pathlib import Path; from serpent_scale.training.trainer import prepare_run_folder as prepare; "
+    code = ("import sys; from pathlib import Path; from serpent_scale.training.run_folder import prepare_run_folder as prepare; "
             "prepare(Path(sys.argv[1])); print('in', flush=True); sys.stdin.read()")
 
     def start():

@@ -1,66 +1,34 @@
 """The training loop: build, resume, step, evaluate, save."""
 from __future__ import annotations
 
-import fcntl
 import math
-import os
-import resource
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_pipeline import digest
-from data_pipeline.stream import Batch
 from serpent_scale.checkpoint import store
 from serpent_scale.checkpoint.version import code_version
 from serpent_scale.config import Config, check_same_model
 from serpent_scale.errors import UserError
-from serpent_scale.model.accounting import GIB, flops_per_token
-from serpent_scale.model.documents import Documents
+from serpent_scale.model.accounting import flops_per_token
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel import watchdog
 from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
 from serpent_scale.parallel.sequence import Sequence, load
 from serpent_scale.training import badsteps, signals, validation
+from serpent_scale.training.batches import DeviceBatch, send
 from serpent_scale.training.engine import build_engine, check_gradients, loss_divisor
 from serpent_scale.training.graphs import GraphedForward
+from serpent_scale.training.hardware import peak_flops, peak_memory_gib
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, learning_rate
 from serpent_scale.training.replicas import check_replicas
+from serpent_scale.training.run_folder import find_checkpoint, newest_checkpoint
 from serpent_scale.training.streams import first_sample, open_streams
-
-# Dense bf16 peaks in TFLOP/s, by a part of the device's name (vendors' datasheets).
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
-
-
-@dataclass(frozen=True, eq=False)
-class DeviceBatch:
-    """A batch of the stream on a device."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    documents: Documents
-    digest: int  # of the samples; 0 on ranks that share them with one that counts, as are tokens_skipped
-    tokens_skipped: int
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device, sequence: Sequence | None = None, carried: bool = False) -> DeviceBatch:
-        """sequence: the ranks that share the rows, of which this one takes its tokens. carried: whether states are handed on."""
-        documents = Documents(send(batch.reset, device), batch.lengths)
-        if sequence is None:
-            return cls(send(batch.tokens, device), send(batch.labels, device), documents, batch.digest, batch.tokens_skipped)
-        own, counts = sequence.own(batch.tokens.shape[1]), sequence.ring.rank == 0
-        tokens, labels = (send(tensor[:, own].contiguous(), device) for tensor in (batch.tokens, batch.labels))
-        return cls(tokens, labels, sequence.shard(documents, carried), counts * batch.digest, counts * batch.tokens_skipped)
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that waits for nothing: a GPU reads pinned memory when it comes to it."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Trainer:
@@ -334,7 +302,7 @@ class Trainer:
     def _roll_back(self, loss: float) -> None:
         """After a loss spike: the last checkpoint again, without the samples from there to here."""
         self._finish_writing()
-        path = on_rank_zero(lambda: _newest(self.checkpoints)[0])
+        path = on_rank_zero(lambda: newest_checkpoint(self.checkpoints)[0])
         if path is None or self.rollbacks >= self.config.training.max_rollbacks:
             if self.processes.rank == 0:
                 why = "there is no checkpoint" if path is None else f"training.max_rollbacks={self.rollbacks} are used up"
@@ -424,79 +392,3 @@ class Trainer:
     def _log(self, metrics: dict[str, float]) -> None:
         if self.metrics:
             self.metrics.log(self.step, metrics)
-
-
-def prepare_run_folder(folder: Path) -> None:
-    """Make the run's folder, and keep other runs out of it. Raises UserError if it cannot be written, or one is in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot make the run's folder ({error.strerror}); set run.folder to one that can be") from None
-    if not writable:
-        raise UserError(f"{folder}: the run's folder cannot be written; set run.folder to one that can be")
-    _lock(folder)
-
-
-def _lock(folder: Path) -> None:
-    """Keep others out of the run's folder for as long as this process lives. Raises UserError if one is in it."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process trains in it; wait for its end, or set run.name to another") from None
-    except OSError:
-        pass  # a file system without locks
-
-
-def find_checkpoint(where: str, checkpoints: Path) -> Path | None:
-    """The checkpoint that --resume WHERE means. Raises UserError rather than start over where something was saved."""
-    if where not in ("auto", "none"):
-        return _named_checkpoint(Path(where), checkpoints)
-    newest, skipped = _newest(checkpoints)
-    if where == "none":
-        if newest or skipped:
-            raise UserError(f"{checkpoints}: holds checkpoints of an earlier run; use --resume auto or another run.name")
-        return None
-    if newest is None and skipped:
-        raise UserError(f"{checkpoints}: no checkpoint verifies (see above); mend one, or use another run.name to start over")
-    return newest
-
-
-def _named_checkpoint(path: Path, own: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(f"--resume {path}: no such checkpoint folder")
-    if (path / "checkpoints").is_dir():  # a run's folder
-        newest, _ = _newest(path / "checkpoints")
-        if newest is None:
-            raise UserError(f"--resume {path}: this run's folder holds no checkpoint that verifies; name another")
-        path = newest
-    mine, _ = store.newest(own)
-    if mine is not None and path.resolve().parent != own.resolve():
-        raise UserError(f"--resume {path}: is of another run, and {own} already holds checkpoints, which this one would replace; "
-                        "set run.name to a new one")
-    if mine is not None and path.name < mine.name:
-        print(f"note: {mine} is newer than {path.name}; until this run passes it, --resume auto would choose it", flush=True)
-    return path
-
-
-def _newest(checkpoints: Path) -> tuple[Path | None, list]:
-    newest, skipped = store.newest(checkpoints)
-    for path, reason in skipped:
-        print(f"skipped checkpoint {path}: {reason}", flush=True)
-    return newest, skipped
-
-
-def peak_flops(config: Config, device: torch.device) -> float:
-    """Peak FLOP/s of one device, 0 if not known."""
-    if config.training.peak_tflops is not None:
-        return config.training.peak_tflops * 1e12
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0)
-
-
-def peak_memory_gib() -> float:
-    """Largest memory so far: allocated on the GPU, or resident on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
