@@ -64,12 +64,12 @@ def test_segments_give_what_one_pass_gives(kernels, monkeypatch):
 @pytest.mark.parametrize("length, d_inner, d_state, views", [(61, 24, 16, False), (64, 32, 16, False), (64, 16, 8, True)])
 def test_bfloat16(kernels, length, d_inner, d_state, views):
     values = inputs(1, length, d_inner, d_state, torch.bfloat16)
-    compare(values, 8e-3, views=views)  # the interpreter rounds to bfloat16 towards zero
+    compare(values, 1.2e-2, views=views)  # the interpreter rounds to bfloat16 towards zero
 
 
 def test_bfloat16_at_odd_addresses(kernels):
     values = inputs(2, 32, 16, 16, torch.bfloat16)
-    compare(values, 8e-3, views=True, odd=1)
+    compare(values, 1.2e-2, views=True, odd=1)
 
 
 def test_a_gate_of_zero_passes_its_gradient(kernels):
