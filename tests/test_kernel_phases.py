@@ -11,7 +11,7 @@ from serpent_scale.kernels.mamba_inner import reference as mamba_reference
 from serpent_scale.kernels.mamba_inner import triton as mamba_triton
 from serpent_scale.kernels.resample import TICKS, Sampling
 from serpent_scale.kernels.resample import reference as resample_reference
-from serpent_scale.kernels.resample import triton as resample_triton
+from serpent_scale.kernels.resample import triton_clock
 from serpent_scale.kernels.selective_scan import triton as scan_triton
 from serpent_scale.kernels.ssd import reference as ssd_reference
 from serpent_scale.kernels.ssd import triton as ssd_triton
@@ -114,8 +114,8 @@ def test_fused_ssd_phases(monkeypatch):
 
 
 def test_clock_maps(monkeypatch):
-    monkeypatch.setattr(resample_triton, "CLOCK_BLOCK", 16)
-    monkeypatch.setattr(resample_triton, "SEGMENT", 64)
+    monkeypatch.setattr(triton_clock, "CLOCK_BLOCK", 16)
+    monkeypatch.setattr(triton_clock, "SEGMENT", 64)
     sampling = Sampling(TICKS // 2, TICKS, 0.25, 1.0, 1.0, 5, 0.2, 2, 0.4)
     torch.manual_seed(0)
     u, weight, bias = torch.randn(2, 200, 12), torch.randn(12), torch.randn(1)
@@ -123,7 +123,7 @@ def test_clock_maps(monkeypatch):
     reset[1, 90] = True
     ends = [0, 1, 64, 90, 91, 200, 200]
     inputs = [v.to(DEVICE) for v in (u, weight, bias, reset)]
-    maps = resample_triton.clock_maps(*inputs, sampling, ends)
+    maps = triton_clock.clock_maps(*inputs, sampling, ends)
     expected = resample_reference.clock_maps(u, weight, bias, reset, sampling, ends)
     drift = torch.round(resample_reference.intervals(u, weight, bias, sampling) * TICKS).long() - sampling.rate
     for dev in (-TICKS, 12345, TICKS):  # a clock that begins anywhere ends where its map says

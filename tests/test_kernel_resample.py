@@ -8,6 +8,7 @@ from numerics import DEVICE, assert_near, gradients, relative_error
 pytest.importorskip("triton")
 from serpent_scale.kernels.resample import TICKS, Carry, Clock, Sampling, reference  # noqa: E402
 from serpent_scale.kernels.resample import triton as kernels  # noqa: E402
+from serpent_scale.kernels.resample import triton_clock  # noqa: E402
 from serpent_scale.model.documents import Documents  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -67,7 +68,7 @@ def both(args, s, monkeypatch):
     want_in = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
     exact = reference.intervals
     if t["weight"] is not None:
-        asked = kernels.run_clock(t["u"], t["weight"], t["bias"], reset, s, slots, None)[3].double() / TICKS
+        asked = triton_clock.run_clock(t["u"], t["weight"], t["bias"], reset, s, slots, None)[3].double() / TICKS
         monkeypatch.setattr(reference, "intervals", lambda *a: (v := exact(*a)) - v.detach() + asked)
     outputs, want_clock, want_carry = run(reference, {**t, **want_in}, reset, slots, carried, s)
     monkeypatch.undo()
@@ -205,9 +206,9 @@ def test_a_clock_split_into_segments_is_the_same(monkeypatch):
     s = sampling_of(0.5, band=0.7, bases=2)
     t, reset, slots, (dev, position, steps) = case(((50, 3, 32), (85,)), 8, s, carry=True)
     args = (t["u"], 6 * t["weight"], t["bias"], reset, s, slots, Carry(dev, position, t["tokens"], steps))
-    one, *after = kernels.run_clock(*args)
-    monkeypatch.setattr(kernels, "CLOCK_BLOCK", 16), monkeypatch.setattr(kernels, "SEGMENT", 32)
-    split, *after_split = kernels.run_clock(*args)
+    one, *after = triton_clock.run_clock(*args)
+    monkeypatch.setattr(triton_clock, "CLOCK_BLOCK", 16), monkeypatch.setattr(triton_clock, "SEGMENT", 32)
+    split, *after_split = triton_clock.run_clock(*args)
     used = torch.arange(slots, device=DEVICE) < one.n_live[:, None]
     assert one.cut.max() > 0 and torch.equal(one.n_live, split.n_live)
     assert all(torch.equal(getattr(one, f), getattr(split, f)) for f in ("newest", "reach", "count", "phase", "steps", "cut"))

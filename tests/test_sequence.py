@@ -36,7 +36,7 @@ CASES = {
     "run of s5": dict(pattern=["serpent"], inner="s5", depth=2, length=83),
     "run of attention": dict(pattern=["serpent"], inner="attention", depth=2, length=83),
     "segment mean": dict(pattern=["serpent"], window="segment_mean", length=101),
-    "pointwise window": dict(pattern=["serpent"], window="pointwise", length=101),
+    "pointwise window": dict(pattern=["serpent"], window="pointwise", join="project", length=101),
     "hold": dict(pattern=["serpent"], restore="hold", length=83),
     "stride": dict(pattern=["serpent"], clock="stride", rates=[0.5, 0.25], length=83),
     "nothing emitted": dict(pattern=["serpent"], length=20, slow=True, **SLOW),

@@ -1,5 +1,5 @@
 """SeRpEnt's resampling: the banded integer clock, compression of a sequence to its emitted elements, and restoration.
-`reference.py` is the meaning, and the form of CPUs and of variants; `triton.py` is for GPUs; docs/serpent_layer.md says more."""
+`reference.py` is the meaning, and the form of CPUs and of variants; `triton*.py` are for GPUs; docs/serpent_layer.md says more."""
 import torch
 
 from . import reference

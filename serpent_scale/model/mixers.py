@@ -1,6 +1,6 @@
 """The mixers by name, and a layer of the model by its mixer's name.
 
-A new mixer is a file with a subclass of `Mixer`, its name and its section of settings in config.py, and a line here: it then
+A new mixer is a file with a subclass of `Mixer`, its name and its section of settings in settings.py, and a line here: it then
 stands in model.pattern, and in model.serpent.inner.
 """
 from __future__ import annotations
