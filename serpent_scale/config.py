@@ -24,8 +24,8 @@ from serpent_scale.settings import (  # noqa: F401: imported from here elsewhere
 )
 
 
-def load_config(file: str | Path, overrides: list[str] = ()) -> Config:
-    """Read, merge and check a configuration.
+def load_config(file: str | Path, overrides: list[str] = (), saved: bool = False) -> Config:
+    """Read, merge and check a configuration. `saved`: the one beside a model's parameters, see `parse_config`.
 
     Raises UserError naming the key's path, what is wrong with it and what is allowed.
     """
@@ -49,14 +49,19 @@ def load_config(file: str | Path, overrides: list[str] = ()) -> Config:
             _refuse_surprises(item.split("=", 1)[1], f"override '{item}'")
         except yaml.YAMLError as error:
             raise UserError(f"override '{item}': not valid YAML: {_first_line(error)}") from None
-    return parse_config(node, list(overrides), str(path))
+    return parse_config(node, list(overrides), str(path), saved)
 
 
-def parse_config(node, overrides: list[str] = (), origin: str = "config") -> Config:
-    """Check an already parsed configuration (a mapping) with overrides applied. Raises UserError."""
+def parse_config(node, overrides: list[str] = (), origin: str = "config", saved: bool = False) -> Config:
+    """Check an already parsed configuration (a mapping) with overrides applied. Raises UserError.
+
+    `saved`: it was written beside a model's parameters; a key that it lacks is newer than them, and means what was computed then.
+    """
     schema = OmegaConf.structured(Config)
     try:
         merged = OmegaConf.merge(schema, node)
+        if saved:
+            merged.model.serpent.join = _saved_join(node, merged.model)
         for item in overrides:
             origin = f"override '{item}'"
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
@@ -70,14 +75,22 @@ def parse_config(node, overrides: list[str] = (), origin: str = "config") -> Con
     return config
 
 
+def _saved_join(node, model) -> str:
+    """model.serpent.join of a saved configuration: before there was a choice, the outputs of several branches were projected.
+    Where it has no meaning, what it is by default now."""
+    serpent, chosen = model.serpent, OmegaConf.select(OmegaConf.create(node), "model.serpent.join")
+    several = "serpent" in model.pattern and serpent.depth == 1 and len(serpent.rates) > 1
+    return "project" if several and chosen is None else serpent.join
+
+
 def check_same_model(config: Config, saved: Path) -> None:
     """Raises UserError naming the first key of `model` that the config file beside a checkpoint has otherwise.
 
     Many of them change what is computed and no parameter's shape.
     """
-    theirs, ours = (_leaves(yaml.safe_load(text)["model"], "model") for text in (saved.read_text(), config.to_yaml()))
+    theirs, ours = (_leaves(yaml.safe_load(c.to_yaml())["model"], "model") for c in (load_config(saved, saved=True), config))
     for key in theirs:
-        if key in ours and theirs[key] != ours[key]:
+        if theirs[key] != ours[key]:
             was, now = (str(value).replace("'", "") for value in (theirs[key], ours[key]))
             raise UserError(
                 f"{saved}: trained with {key}={was}, this run has {now}; set {key}={was}, or start over under another run.name"

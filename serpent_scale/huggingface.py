@@ -27,7 +27,7 @@ class SerpentPretrainedConfig(PreTrainedConfig):
 
     def ours(self) -> ModelConfig:
         """Checked as any configuration is. Raises UserError."""
-        return parse_config({"model": self.model, "training": {"max_steps": 1000}}, origin="config.json").model
+        return parse_config({"model": self.model, "training": {"max_steps": 1000}}, origin="config.json", saved=True).model
 
 
 class States:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serpent_scale.config import Config, load_config
+from serpent_scale.config import Config, check_same_model, load_config
 from serpent_scale.errors import UserError, check_torch
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,33 @@ def test_shipped_configs_load_and_document_every_key(file):
     assert not [line for line in lines if "#" not in line], "a key without a word on it"
     written, resolved = yaml.safe_load(file.read_text()), yaml.safe_load(load_config(file).to_yaml())
     assert set(keys(written)) == set(keys(resolved))
+
+
+@pytest.mark.parametrize("overrides, then, now", [
+    (["model.serpent.rates=[1,0.5]"], "project", "add"),
+    (["model.serpent.rates=[1,0.5]", "model.serpent.join=project"], "project", "project"),
+    (["model.serpent.rates=[0.5]"], "add", "add"),
+    (["model.serpent.depth=2", "model.n_layers=3"], "add", "add"),
+    (["model.pattern=[mamba]"], "add", "add"),
+])
+def test_a_configuration_saved_before_there_was_a_choice_of_join_means_project_where_it_matters(tmp_path, overrides, then, now):
+    config = load(tmp_path, BASE, *overrides)
+    saved = tmp_path / "saved.yaml"
+    saved.write_text("".join(line for line in config.to_yaml().splitlines(True) if "join:" not in line))
+    assert load_config(saved, saved=True).model.serpent.join == then
+    assert load_config(saved).model.serpent.join == "add" and config.model.serpent.join == now
+    if then == now:
+        return check_same_model(config, saved)
+    with pytest.raises(UserError, match="trained with model.serpent.join=project, this run has add; set model.serpent.join=pro"):
+        check_same_model(config, saved)
+
+
+def test_a_key_newer_than_a_checkpoint_is_compared_too(tmp_path):
+    saved = tmp_path / "saved.yaml"
+    saved.write_text("".join(line for line in load(tmp_path).to_yaml().splitlines(True) if "clock:" not in line))
+    check_same_model(load(tmp_path), saved)
+    with pytest.raises(UserError, match="trained with model.serpent.clock=learned, this run has uniform"):
+        check_same_model(load(tmp_path, BASE, "model.serpent.clock=uniform"), saved)
 
 
 def test_torch_below_2_10_is_refused():

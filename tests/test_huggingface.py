@@ -1,4 +1,7 @@
 """Our models in transformers: loaded by AutoModelForCausalLM, saved again, and generating what we generate."""
+import dataclasses
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -42,6 +45,19 @@ def test_a_serpent_model_is_loaded_by_transformers(exported, tmp_path):
     rough = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(tokens).logits
     errors = (rough - want).norm(dim=-1) / want.norm(dim=-1)  # a clock of rounded weights may emit elsewhere now and then
     assert errors.median() < 0.05
+
+
+def test_a_folder_written_before_there_was_a_choice_of_join_is_read_as_it_was(exported, tmp_path):
+    config = dataclasses.replace(exported[0].config, serpent=SerpentConfig(join="project"))
+    model = LanguageModel(config)
+    layouts.write(None, tmp_path, config, model.state_dict(), end_of_text=None)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["model"]["serpent"]["join"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    theirs, told = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    tokens = torch.randint(0, 97, (1, 40))
+    assert not any(told.values()) and torch.equal(theirs(tokens).logits, model(tokens)[0])
+    assert layouts.read(tmp_path)[0].model == config
 
 
 def test_transformers_generates_what_we_do(exported):

@@ -233,7 +233,7 @@ def _run_of(model: dict, file: Path) -> Config:
     """A whole configuration around a model's, its training left at the defaults and a budget to be overridden."""
     try:
         run = {"model": model, "data": {"seq_len": PUBLISHED_LENGTH}, "training": {"max_steps": 1000}}
-        return parse_config(run, origin="model")
+        return parse_config(run, origin="model", saved=True)
     except UserError as error:
         raise UserError(f"{file}: as a model of ours: {error}") from None
 

@@ -25,6 +25,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -195,8 +196,10 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
-def load(engine, path: Path) -> dict:
+def load(engine, path: Path, check: Callable[[], None] = lambda: None) -> dict:
     """Resume a fresh engine of any ZeRO stage and world size; what was saved as `trainer`.
+
+    `check` may refuse it, by a UserError, once it is found whole and before parameters are compared.
 
     The same stage and world size go on to the bit. Raises UserError on all ranks, before the engine is touched: the folder is
     not whole, or of another model or format.
@@ -206,6 +209,7 @@ def load(engine, path: Path) -> dict:
     found = {}
 
     def read() -> dict:
+        check()
         found["layout"] = layout = _read_layout(path)
         _check_same_parameters(engine, layout, path)
         found["rng"] = _read_rng(path / rng_file(rank % layout["world_size"]))

@@ -53,7 +53,7 @@ def find_checkpoint(where: str | Path) -> Path:
 def read_model(path: Path) -> tuple[Config, dict[str, torch.Tensor]]:
     """(configuration, float32 parameters) of a checkpoint, which is verified first. Raises UserError."""
     state = store.read_full_state(path)
-    return load_config(path / "config.yaml"), state
+    return load_config(path / "config.yaml", saved=True), state
 
 
 def pick_device(name: str) -> torch.device:

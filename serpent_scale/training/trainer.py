@@ -110,8 +110,7 @@ class Trainer:
     def _take_up(self, path: Path) -> dict:
         """Go on from a checkpoint: its `trainer.json`."""
         watchdog.beat(f"loading {path.name}")
-        state = store.load(self.engine, path)
-        on_rank_zero(lambda: check_same_model(self.config, path / "config.yaml"))
+        state = store.load(self.engine, path, lambda: check_same_model(self.config, path / "config.yaml"))
         apply_settings(self.optimizer, self.config)
         self.step, self.tokens, self.wandb_id, self.ahead = state["step"], state["tokens"], state["wandb_id"], None
         samples, self.digest = self.stream.check_state(state["data"])
