@@ -190,8 +190,8 @@ def test_counts_equal_the_built_model_and_torch(pattern, inner):
 @pytest.mark.parametrize("inner", configuration.MIXERS[1:])
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_shipped_sizes_are_equal_with_and_without_serpent(file, inner):
-    patterns = (f"[{inner}]", "[serpent]", f"[{inner},serpent]")
-    runs = [load_config(file, [f"model.pattern={pattern}", f"model.serpent.inner={inner}"]) for pattern in patterns]
+    forms = ([f"model.pattern=[{inner}]"], ["model.pattern=[serpent]", "model.serpent.depth=1"], [f"model.pattern=[{inner},serpent]"])
+    runs = [load_config(file, [*form, f"model.serpent.inner={inner}"]) for form in forms]
     counts = [sum(parameter_counts(run.model).values()) for run in runs]
     assert max(counts) / min(counts) - 1 < (0.02 if inner == "attention" else 0.01)  # whole groups of wide heads
 
