@@ -191,7 +191,7 @@ def links(ranks, transfer: int) -> dict:
     def exchange() -> None:
         for _ in range(many):
             ring.gather([little])
-            ring.swap(blocks, forms)
+            ring.swap(blocks, forms, little.device)()
 
     latency = time_steps(exchange, 3, 10).median / 1e3 / (2 * many)
     seconds = time_steps(lambda: dist.all_gather_into_tensor(whole, part), 3, 10).median / 1e3
