@@ -140,6 +140,13 @@ def test_a_key_newer_than_a_checkpoint_is_compared_too(tmp_path):
         check_same_model(load(tmp_path, BASE, "model.serpent.clock=uniform"), saved)
 
 
+def test_what_the_readme_submits_divides_over_its_ranks():
+    calls = re.findall(r"submit\.py (\S+) --nodes (\d+) ?([^#\n]*)", (ROOT / "README.md").read_text())
+    assert calls
+    for file, nodes, overrides in calls:
+        load_config(ROOT / file, overrides.split()).grad_accumulation(8 * int(nodes))
+
+
 def test_torch_below_2_10_is_refused():
     check_torch("2.10.0"), check_torch("2.13.0+cpu")
     with pytest.raises(UserError, match="torch 2.9.1.* is too old"):

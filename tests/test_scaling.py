@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from ranks import run_ranks
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -101,6 +102,11 @@ def test_table(scaling, tmp_path, monkeypatch, capsys):
 
     scaling.main([*asked, "--minutes", "0"])
     assert "Not run: tiny alternating x1, " in report.read_text() and path.read_text().count("\n") == 10
+
+
+def test_links(scaling):
+    for found in run_ranks(2, scaling.links, 1 << 12):
+        assert 0 < found["latency"] < 1 and found["bandwidth"] > 0
 
 
 def test_losses_judged(scaling, tmp_path):
