@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,6 +348,17 @@ def train_on_a_full_disk(data, disk) -> None:
 
     print("finished", train(ranks, config, prepare), store.newest(config.run_folder / "checkpoints"))
     print("order", [line["step"] for line in history(config) if line["kind"] == "train"])
+
+
+def test_a_disk_that_is_full_at_the_start_ends_in_one_line_and_keeps_the_config_file(tmp_path):
+    from serpent_scale.training.trainer import Trainer
+
+    (tmp_path / "config.yaml").write_text("of the run before")
+    (tmp_path / "config.yaml.partial").symlink_to("/dev/full")
+    trainer = SimpleNamespace(config=SimpleNamespace(run_folder=tmp_path), texts={"config.yaml": "of this run"})
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; free space there"):
+        Trainer._begin_record(trainer)
+    assert (tmp_path / "config.yaml").read_text() == "of the run before"
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare, for a small disk of its own")

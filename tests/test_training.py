@@ -210,7 +210,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run_and_leaves_no_checkpoint_of_
     (["data.path=/nowhere"], ["/nowhere"]),
     (["run.folder=/proc/nope"], ["/proc/nope", "run.folder"]),
     (["--resume", "none", "run.folder=WHOLE"], ["--resume auto", "run.name"]),
-    (["run.folder=ALONE", "model.d_model=48"], ["embedding.weight", "48"]),
+    (["run.folder=ALONE", "model.d_model=48"], ["config.yaml", "model.d_model=", "has 48"]),
     (["run.folder=ALONE", "model.serpent.band=3.0"], ["config.yaml", "model.serpent.band=2.0"]),
     (["run.folder=WHOLE", "--resume", "ALONE/run"], ["of another run", "run.name"]),
     (["deepspeed.zero_optimization.overlap_com=true"], ["overlap_com", "deepspeed section"]),

@@ -134,9 +134,7 @@ class Trainer:
                 keys = "training.stop_at_step" if last < config.total_steps else "training.max_steps or training.max_tokens"
                 print(f"nothing to do: the run is at step {self.step} and was to end at {last}; raise {keys} to go on", flush=True)
             return True
-        self.metrics = self._open_metrics() if self.processes.rank == 0 else None
-        if self.processes.rank == 0:
-            (config.run_folder / "config.yaml").write_text(self.texts["config.yaml"])
+        on_rank_zero(self._begin_record)
         self.evaluation_due |= self.step == 0 and config.evaluation.every > 0
         self._agree_to_stop()
         while True:
@@ -383,6 +381,16 @@ class Trainer:
         if not found:
             return [(self._next_sample(), self._next_sample() + stage.global_batch)]
         return badsteps.merged([(first, first + self.config.training.micro_batch * stage.parts) for first in found])
+
+    def _begin_record(self) -> None:
+        folder, staging = self.config.run_folder, self.config.run_folder / "config.yaml.partial"
+        try:
+            staging.write_text(self.texts["config.yaml"])  # the one that is there stays whole
+            staging.rename(folder / "config.yaml")
+            self.metrics = self._open_metrics()
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror}); free space there or set run.folder "
+                            "to another disk") from None
 
     def _open_metrics(self) -> Metrics:
         config, yaml = self.config, self.texts["config.yaml"]
