@@ -449,6 +449,8 @@ def main(given: list[str] | None = None) -> None:
     parts.append("Failed:\n\n" + "\n".join(failed) if failed else "")
     parts.append("Not run: " + ", ".join(cell.name for cell in left) + "." if left else "")
     harness.report(f"Scaling, {ranks} ranks of one host" + ", a tiny model" * arguments.small, parts, arguments)
+    if failed:
+        raise UserError(f"{len(failed)} cells failed, see above; measure them again with --again")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def parse_config(node, overrides: list[str] = (), origin: str = "config", saved:
     except ConfigKeyError as error:
         raise UserError(f"{origin}: unknown key {_suggest(error.full_key or str(error.key))}") from None
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{origin}: {f'{key}: ' if key else ''}{_first_line(error)}{_allowed_at(key)}") from None
+        key, text = getattr(error, "full_key", None), _first_line(error)
+        text = "not a list" if "ListConfig" in text else text
+        raise UserError(f"{origin}: {f'{key}: ' if key else ''}{text}{_allowed_at(key)}") from None
     check(config)
     return config
 
