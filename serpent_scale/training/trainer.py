@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline import digest
+from data_pipeline.files import write_atomically
 from serpent_scale.checkpoint import store
 from serpent_scale.checkpoint.version import code_version
 from serpent_scale.config import Config, check_same_model
@@ -383,10 +384,9 @@ class Trainer:
         return badsteps.merged([(first, first + self.config.training.micro_batch * stage.parts) for first in found])
 
     def _begin_record(self) -> None:
-        folder, staging = self.config.run_folder, self.config.run_folder / "config.yaml.partial"
+        folder = self.config.run_folder
         try:
-            staging.write_text(self.texts["config.yaml"])  # the one that is there stays whole
-            staging.rename(folder / "config.yaml")
+            write_atomically(folder / "config.yaml", self.texts["config.yaml"].encode())  # the one that is there stays whole
             self.metrics = self._open_metrics()
         except OSError as error:
             raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror}); free space there or set run.folder "
