@@ -49,9 +49,9 @@ def in_order(stream: TokenStream, windows: int, rows: int, replicas: int, replic
 
 def document_starts(index: Index, n: int) -> np.ndarray:
     """Where the documents begin that do so in the first n tokens, in stored order."""
-    lengths, shard = [np.empty(0, np.int64)], 0
-    while shard < len(index.shards) and sum(map(np.sum, lengths)) < n:
+    lengths, seen, shard = [np.empty(0, np.int64)], 0, 0
+    while shard < len(index.shards) and seen < n:
         lengths.append(index.rows(shard)[:, 2])
-        shard += 1
+        seen, shard = seen + int(lengths[-1].sum()), shard + 1
     starts = np.append(0, np.cumsum(np.concatenate(lengths)))
     return starts[starts < n]
