@@ -30,9 +30,9 @@ from serpent_scale.config import ModelConfig, ScheduleConfig, SerpentConfig
 from serpent_scale.errors import UserError, exit_on_user_error
 from serpent_scale.evaluation.perplexity import TokenText, score
 from serpent_scale.model.accounting import flops_per_token, parameter_counts
-from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.model.placements import placements
+from serpent_scale.training.batches import DeviceBatch
 from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.optimizer import GuardedAdamW, learning_rate, parameter_groups
 
@@ -103,11 +103,9 @@ class Trainer:
 
     def step(self) -> torch.Tensor:
         rows, length = self.setup.rows, self.setup.length
-        batch = self.stream.batch(self.done * rows, rows)
-        pieces = Documents(batch.reset.to(DEVICE, non_blocking=True), batch.lengths)
-        tokens, labels = batch.tokens.to(DEVICE, non_blocking=True), batch.labels.to(DEVICE, non_blocking=True)
+        batch = DeviceBatch.of(self.stream.batch(self.done * rows, rows), torch.device(DEVICE))
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = self.model(tokens, pieces, labels)[0] / (rows * length)
+            loss = self.model(batch.tokens, batch.documents, batch.labels)[0] / (rows * length)
         loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.done, self.schedule, self.n_steps, self.peak)
