@@ -333,7 +333,7 @@ class GluonKernels:
         """n_strided: pairs of strides at the end of a problem; token_major: which of its arguments are read a tile at a time."""
         arguments, shapes, full = [], [], True
         for problem in problems:
-            (d_inner, batch, length, *_), strides = problem[:5], problem[-2 * n_strided :]
+            (d_inner, _, length, *_), strides = problem[:5], problem[-2 * n_strided :]
             arguments.append((*problem[1 : -2 * n_strided], *strides[::2]))
             shape, last = (d_inner, *strides[1::2]), len(arguments)
             alike = bool(shapes) and shapes[-1][2] == shape
