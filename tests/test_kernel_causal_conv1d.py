@@ -119,6 +119,38 @@ def test_a_gradient_without_memory_of_its_own(poisoned):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    "batch, length, d_inner, columns, documents",
+    [
+        (2, 37, 24, 32, 5), (1, 20, 8, 5, None),
+        *(pytest.param(*values, marks=gpu) for values in (
+            (2, 1024, 128, 96, None), (2, 1024, 128, 64, 300), (3, 1021, 736, 64, 40), (1, 130, 72, 32, 3), (2, 16, 64, 160, None),
+        )),
+    ],
+)  # fmt: skip
+def test_a_gradient_that_is_a_sum(batch, length, d_inner, columns, documents, dtype, poisoned):
+    """What reaches y is one gradient plus a product, formed on the way where there is a kernel for it."""
+    since_reset = None
+    if documents:
+        since_reset = Documents(torch.rand(batch, length) < 1 / documents).since_reset.to(DEVICE)
+    xz, grad_y, rows, matrix = (
+        torch.randn(shape, device=DEVICE).to(dtype)
+        for shape in ((batch, length, 2 * d_inner), (batch, length, d_inner), (batch, length, columns), (columns, d_inner))
+    )
+    x, weight, bias = xz.chunk(2, -1)[0], torch.randn(d_inner, 4, device=DEVICE), torch.randn(d_inner, device=DEVICE)
+    buffer = torch.full_like(xz, 7)
+    arguments = rows, matrix, None, x, weight, bias, since_reset
+    got = kernel.backward_of_sum(grad_y.clone(), *arguments, out=buffer[..., :d_inner])
+    again = kernel.backward_of_sum(grad_y.clone(), *arguments)
+    leaves = [v.double().requires_grad_() for v in (x, weight, bias)]
+    total = grad_y.double() + rows.double() @ matrix.double()
+    want = torch.autograd.grad(reference.causal_conv1d(*leaves, since_reset)[0], leaves, total)
+    assert_near(NAMES[2:5], got[:3], want, BOUNDS[dtype] if DEVICE == "cuda" or dtype == torch.float32 else 2e-2)
+    assert got[3] is None and bool((buffer[..., d_inner:] == 7).all())
+    assert all(map(torch.equal, got[:3], again[:3]))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("length, d_inner, cuts", [(21, 8, (1, 8, 19)), pytest.param(3001, 520, (1, 64, 2500), marks=gpu)])
 def test_repeats_to_the_bit_and_no_row_depends_on_a_later_one(length, d_inner, cuts, dtype):
     torch.manual_seed(3)

@@ -362,6 +362,53 @@ def backward(
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_halo
 
 
+def backward_of_sum(
+    grad_y: Tensor, rows: Tensor, matrix: Tensor, grad_halo_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
+    since_reset: Tensor | None = None, halo: Tensor | None = None, n_live: Tensor | None = None, out: Tensor | None = None,
+    *, steps: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`backward` where what reaches y is grad_y + rows matrix; rows (B, L, K), matrix (K, D), in x's dtype. grad_y, a buffer of the
+    caller's with even strides between tokens, may be overwritten.
+
+    Where the kernel of `gluon.py` runs the sum is formed inside it, and neither written nor read. steps: as in `backward`.
+    """
+    if not _forms_sum(grad_y, rows, matrix, grad_halo_out, x, weight, halo, out):
+        grad_y.flatten(0, 1).addmm_(rows.flatten(0, 1), matrix)
+        return backward(grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, out)
+    from . import gluon
+
+    batch, length, d_inner = x.shape
+    weight, bias, since_reset = _dense(weight, bias, since_reset)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if steps is None:
+        steps = 128
+        while steps > 16 and batch * triton.cdiv(d_inner, 64) * triton.cdiv(length, 4 * steps) < FILLING_WARPS // 4:
+            steps //= 2
+    segments = triton.cdiv(length, 4 * steps)
+    partial = torch.empty(4 * batch * segments, 5 * d_inner, dtype=torch.float32, device=x.device)
+    launch(
+        gluon.conv_backward, (batch * segments * triton.cdiv(d_inner, 64),),
+        grad_y, rows, matrix, x, weight, bias, since_reset, grad_x, partial, length, segments,
+        grad_y.stride(0), rows.stride(0), x.stride(0), grad_x.stride(0),
+        D=d_inner, K=rows.shape[2], g_l=grad_y.stride(1), p_l=rows.stride(1), x_l=x.stride(1), o_l=grad_x.stride(1), STEPS=steps,
+        HAS_RESET=since_reset is not None, FULL=d_inner % 64 == 0 and length % (4 * steps) == 0, num_warps=4, maxnreg=168,
+    )
+    sums = add_rows(partial)
+    return grad_x, sums[: 4 * d_inner].view(d_inner, 4).to(weight.dtype), sums[4 * d_inner :].to(bias.dtype), None
+
+
+def _forms_sum(grad_y, rows, matrix, grad_halo_out, x, weight, halo, out) -> bool:
+    """Whether `gluon.py` has the kernel: for Hopper's tensor cores, bfloat16 two at a time, and no halo on either side."""
+    tensors = [grad_y, rows, x] if out is None else [grad_y, rows, x, out]
+    return (
+        x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9
+        and halo is None and grad_halo_out is None and x.numel() > 0
+        and all(v.dtype == torch.bfloat16 for v in (*tensors, matrix))
+        and weight.shape[1] == 4 and x.shape[2] % 8 == 0 and rows.shape[2] % 32 == 0 and matrix.is_contiguous()
+        and all(v.stride(2) == 1 and v.stride(0) % 2 == v.stride(1) % 2 == v.data_ptr() % 4 == 0 for v in tensors)
+    )  # fmt: skip
+
+
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, since_reset, halo, n_live):

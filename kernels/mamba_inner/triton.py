@@ -186,14 +186,14 @@ class _MambaInner(torch.autograd.Function):
             for call, g, (u, dt, grad_dt, grad_projected, grad_xz), grad_halo_out, dtypes, has_state in zip(
                 calls, scanned, work, gradients[1::3], ctx.dtypes, ctx.has_state
             ):
-                grad_u, grad_steps = _flat(g["x"]), _flat(g["dt"])
+                grad_steps = _flat(g["dt"])
                 torch.mm(grad_steps, call.dt_proj, out=_flat(grad_dt))
                 grad_dt_proj = weight_gradient(grad_steps, _flat(dt), dtypes[1])
                 grad_x_proj = weight_gradient(_flat(grad_projected), _flat(u), dtypes[0])
-                grad_u.addmm_(_flat(grad_projected), call.x_proj)
                 x, grad_x = call.xz.chunk(2, -1)[0], grad_xz.chunk(2, -1)[0]
-                _, grad_conv_weight, grad_conv_bias, grad_halo = conv.backward(
-                    g["x"], grad_halo_out, x, call.conv_weight, call.conv_bias, call.since_reset, call.halo, call.n_live, out=grad_x
+                _, grad_conv_weight, grad_conv_bias, grad_halo = conv.backward_of_sum(
+                    g["x"], grad_projected, call.x_proj, grad_halo_out, x, call.conv_weight, call.conv_bias, call.since_reset,
+                    call.halo, call.n_live, out=grad_x,
                 )
                 returned += _Call(
                     grad_xz, grad_conv_weight, grad_conv_bias, grad_x_proj, grad_dt_proj, g["dt_bias"], g["A"], g["D"],
