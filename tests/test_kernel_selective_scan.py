@@ -55,6 +55,38 @@ def test_documents_unused_slots_and_views(kernels):
     compare(inputs(2, 20, 24, 16), 3e-6, reset[:, :20], live[:, 21:41], use_state=False)
 
 
+@pytest.mark.parametrize("length, d_inner, rank, documents, segments", [
+    (19, 8, 64, True, None), (70, 8, 32, True, (2, 64)),
+    *(pytest.param(*values, marks=[CUDA, pytest.mark.gpu]) for values in (
+        (64, 32, 32, False, None), (150, 24, 64, True, (3, 64)), (70, 24, 7, False, None), (96, 64, 128, True, None),
+    )),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2.5e-2)])
+def test_dt_as_two_factors(kernels, length, d_inner, rank, documents, segments, dtype, bound, monkeypatch):
+    if segments:
+        monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: segments)
+    x, _, A, B, C, D, z, bias, state = inputs(2, length, d_inner, 16, dtype)
+    rows, matrix = torch.randn(2, length, rank).to(dtype), (torch.randn(d_inner, rank) / rank**0.5).to(dtype)
+    beside = torch.cat([rows, B, C], -1).to(DEVICE)  # as x_proj's output
+    rows_, B_, C_ = beside.split([rank, 16, 16], -1)
+    reset = torch.rand(2, length) < 0.1 if documents else None
+    x_, A_, D_, z_, bias_, state_ = (v.to(DEVICE) for v in (x, A, D, z, bias, state))
+    arguments = x_, (rows_, matrix.to(DEVICE)), A_, B_, C_, D_, z_, bias_, reset if reset is None else reset.to(DEVICE), None
+    y, final, kept = scan.forward(*arguments, state_)
+    grad_y, grad_final = torch.randn_like(y), torch.randn_like(final)
+    found = scan.backward(grad_y, grad_final, *arguments, kept, y)
+    steps = rows.double() @ matrix.double().t()
+    exact = [v.double().requires_grad_() for v in (x, steps, A, B, C, D, z, bias, state)]
+    want = selective_scan_reference(*exact[:8], reset, None, exact[8])
+    grads = torch.autograd.grad(want, exact, (grad_y.double().cpu(), grad_final.double().cpu()))
+    names = (*NAMES[2:-1], "initial_state")
+    assert_near(NAMES, (y, final, *(found[name] for name in names)), (*want, *grads), bound)
+    if segments:
+        passed = scan.segment_states(x_, arguments[1], A_, B_, bias_, *arguments[8:])
+        again, _, _ = scan.forward(*arguments, state_, passed)
+        assert torch.equal(y, again)
+
+
 def test_segments_give_what_one_pass_gives(kernels, monkeypatch):
     values, reset = inputs(1, 150, 24, 16), torch.arange(150)[None] == 100
     monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: (3, 64))

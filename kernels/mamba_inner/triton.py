@@ -1,8 +1,8 @@
 """The inside of a Mamba layer on GPUs, composed of the Triton operations for little memory and few launches.
 
-Kept for the backward pass: xz, x_proj's output, y and the scan's kept states. The convolution's output and the steps before
-dt_bias are formed again there; the gradients of x and z, and those of dt, B and C, are written side by side where the products
-before them read them.
+Kept for the backward pass: xz, x_proj's output, y and the scan's kept states. The convolution's output is formed again there, and
+the scan forms the steps before dt_bias of x_proj's output; the gradients of x and z, and those of dt, B and C, are written side by
+side where the products before them read them.
 """
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class _Ready(NamedTuple):
     u: Tensor
     halo_out: Tensor
     projected: Tensor
-    steps: Tensor
+    steps: tuple[Tensor, Tensor]
     passed: scan.Segments | None = None
 
 
@@ -112,7 +112,7 @@ def _ready(calls: list[_Call], copies: list[Tensor] | None = None) -> list[_Read
     for call, A, x_proj, dt_proj in zip(calls, As, copies[::2], copies[1::2]):
         u, halo_out = call.convolved()
         projected = torch.mm(_flat(u), x_proj.t()).view(*u.shape[:2], -1)
-        steps = _steps(_parts(projected, dt_proj, A)[0], dt_proj)
+        steps = _parts(projected, dt_proj, A)[0], dt_proj
         found.append(_Ready(x_proj, dt_proj, A, u, halo_out, projected, steps))
     return found
 
@@ -121,7 +121,7 @@ class _Shared:
     """What one phase of a scan leaves for a later one, which takes it away."""
 
     ready: _Ready | None = None
-    asked: tuple[Tensor, scan.Segments] | None = None
+    asked: scan.Segments | None = None
 
     def take(self, name: str):
         value = getattr(self, name)
@@ -133,10 +133,8 @@ class _Shared:
         xz, projected, dt_proj, dt_bias, A, reset, live = saved
         dt, _, C = _parts(projected, dt_proj, A)
         with torch.autocast(xz.device.type, enabled=False):
-            steps = _steps(dt, dt_proj)
-            asked = scan.segment_gradients(grad_y, steps, A, C, xz.chunk(2, -1)[1], dt_bias, reset, live)
-        self.asked = steps, asked
-        return scan.join_gradients(asked, A, grad_final)
+            self.asked = scan.segment_gradients(grad_y, (dt, dt_proj), A, C, xz.chunk(2, -1)[1], dt_bias, reset, live)
+        return scan.join_gradients(self.asked, A, grad_final)
 
 
 class _MambaInner(torch.autograd.Function):
@@ -175,11 +173,10 @@ class _MambaInner(torch.autograd.Function):
                 dt, B, C = _parts(projected, call.dt_proj, call.A_log)
                 grad_dt, grad_B, grad_C = _parts(grad_projected, call.dt_proj, call.A_log)
                 u, _ = call.convolved()
-                steps, known = (_steps(dt, call.dt_proj), None) if asked is None else asked
-                scans.append((u, steps, call.A_log, B, C, call.D, call.z, call.dt_bias, call.reset, call.live, grad_state))
+                scans.append((u, (dt, call.dt_proj), call.A_log, B, C, call.D, call.z, call.dt_bias, call.reset, call.live, grad_state))
                 results.append((torch.zeros_like(y) if grad_y is None else grad_y, states, y))
                 into.append((None, None, grad_xz.chunk(2, -1)[1], grad_B, grad_C))
-                segments.append(known)
+                segments.append(asked)
                 work.append((u, dt, grad_dt, grad_projected, grad_xz))
             scanned = scan.backward_together(scans, results, into, segments, of_log=True)
             returned = [None, None]
@@ -210,7 +207,3 @@ def _flat(v: Tensor) -> Tensor:
 def _parts(projected: Tensor, dt_proj: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The columns of x_proj's output: those of dt, B and C."""
     return projected.split([dt_proj.shape[1], A.shape[1], A.shape[1]], -1)
-
-
-def _steps(dt: Tensor, dt_proj: Tensor) -> Tensor:
-    return torch.mm(_flat(dt), dt_proj.t()).view(*dt.shape[:2], -1)

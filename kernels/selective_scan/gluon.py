@@ -129,6 +129,64 @@ def _rows_of(base, t0, last, stride: gl.constexpr, col_ok, layout: gl.constexpr,
 
 
 @gluon.jit
+def _two(pairs):
+    """Two bfloat16 in an int32 -> twice as many columns."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+    )
+    return gl.reshape(gl.join(low, high), [pairs.shape[0], 2 * pairs.shape[1]])
+
+
+@gluon.jit
+def _dt_rows(base, t0, last, stride: gl.constexpr, col_ok, layout: gl.constexpr, RANK: gl.constexpr, FULL: gl.constexpr):
+    """What `_dt` makes dt of: with a rank, 32 columns at a time, rows t0..t0+32 of the factor that has as many columns."""
+    if RANK == 0:
+        blocks = _rows_of(base, t0, last, stride, col_ok, layout, FULL)
+    else:
+        wide: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0])
+        p, blocks = _block(base.to(gl.pointer_type(gl.int32), bitcast=True), t0, stride // 2, 16, wide, 32), ()
+        for q in gl.static_range(RANK // 32):
+            if FULL:
+                blocks = blocks + (gl.load(p + 16 * q),)
+            else:
+                ok = _inside(t0, last, gl.arange(0, 16, layout=gl.SliceLayout(0, wide)) >= 0, wide, 32)
+                blocks = blocks + (gl.load(p + 16 * q, mask=ok, other=0),)
+    return blocks
+
+
+@gluon.jit
+def _factor(base, d0, D: gl.constexpr, RANK: gl.constexpr):
+    """Rows d0..d0+16 of the other factor (D, RANK), 32 columns at a time. They are in the order, and `_dt` takes the columns in the
+    order, in which the product needs nothing moved between lanes."""
+    blocks = ()
+    if RANK > 0:
+        wide: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0])
+        place, col = gl.arange(0, 16, layout=gl.SliceLayout(1, wide)), gl.arange(0, 16, layout=gl.SliceLayout(0, wide))
+        d = d0 + place % 8 // 2 * 4 + place // 8 * 2 + place % 2
+        p = base.to(gl.pointer_type(gl.int32), bitcast=True) + (gl.expand_dims(d * (RANK // 2), 1) + gl.expand_dims(col, 0))
+        for q in gl.static_range(RANK // 32):
+            blocks = blocks + (gl.load(p + 16 * q, mask=gl.expand_dims(d < D, 1) & gl.expand_dims(col >= 0, 0), other=0),)
+    return blocks
+
+
+@gluon.jit
+def _dt(blocks, factor, layout: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
+    """dt before its bias, (32, 16) in float32."""
+    if RANK == 0:
+        dt = _whole(blocks, layout)
+    else:
+        total = gl.full([32, 16], 0.0, gl.float32, M)
+        for q in gl.static_range(RANK // 32):
+            left = gl.reshape(gl.permute(gl.reshape(_two(blocks[q]), [32, 4, 2, 2, 2]), [0, 2, 3, 1, 4]), [32, 32])
+            right = gl.reshape(gl.permute(gl.reshape(_two(factor[q]), [16, 4, 2, 2, 2]), [2, 3, 1, 4, 0]), [32, 16])
+            right = gl.convert_layout(right, gl.DotOperandLayout(1, M, 2))
+            total = mma_v2(gl.convert_layout(left, gl.DotOperandLayout(0, M, 2)), right, total)
+        dt = gl.reshape(gl.permute(gl.reshape(total, [32, 2, 4, 2]), [0, 2, 1, 3]), [32, 16])
+        dt = gl.convert_layout(dt, layout, assert_trivial=True)
+    return dt
+
+
+@gluon.jit
 def _store_rows(base, t0, last, stride: gl.constexpr, col_ok, layout: gl.constexpr, FULL: gl.constexpr, value):
     """value (32, 16) into rows t0..t0+32."""
     p = _block(base, t0, stride, 16, layout, 8)
@@ -279,7 +337,7 @@ def scan_forward(
 
 @gluon.jit
 def _forward(
-    block, b, s, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+    block, b, s, n_batch, L, S, SEGMENT, X, DT, FACTOR, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
     sx_b, sd_b, sz_b, sb_b, sc_b, SHAPE: gl.constexpr,
     N: gl.constexpr, T: gl.constexpr, LOCAL_PASS: gl.constexpr, EXACT: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr,
@@ -307,6 +365,7 @@ def _forward(
     sz_t: gl.constexpr = SHAPE[3]
     sb_t: gl.constexpr = SHAPE[4]
     sc_t: gl.constexpr = SHAPE[5]
+    RANK: gl.constexpr = SHAPE[6]
     d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
@@ -315,6 +374,7 @@ def _forward(
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
     col_ok, bcol_ok = d0 + cols < D, gl.arange(0, N, layout=gl.SliceLayout(0, narrow)) < N
     bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    factor = _factor(FACTOR, d0, D, RANK)
     skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
 
     h = gl.full([BD, N], 0.0, gl.float32, state)
@@ -332,7 +392,7 @@ def _forward(
     first = s * SEGMENT
     last = gl.minimum(first + SEGMENT, L)
     X += b * sx_b + d0
-    DT += b * sd_b + d0
+    DT += b * sd_b + (d0 if RANK == 0 else 0)
     Z += b * sz_b + d0
     Bm += b * sb_b
     C += b * sc_b
@@ -340,13 +400,13 @@ def _forward(
     states_p = STATES + (b * ((L + T - 1) // T) + first // T) * D * N + off
     flags_at = b * L
 
-    x_next, dt_next = _rows_of(X, first, last, sx_t, col_ok, tile, FULL), _rows_of(DT, first, last, sd_t, col_ok, tile, FULL)
+    x_next, dt_next = _rows_of(X, first, last, sx_t, col_ok, tile, FULL), _dt_rows(DT, first, last, sd_t, col_ok, tile, RANK, FULL)
     b_next = _rows_of(Bm, first, last, sb_t, bcol_ok, narrow, FULL)
     if not LOCAL_PASS:
         z_next, c_next = _rows_of(Z, first, last, sz_t, col_ok, tile, FULL), _rows_of(C, first, last, sc_t, bcol_ok, narrow, FULL)
     for t0 in range(first, last, T):
         x = _whole(x_next, tile)
-        dt, decay, _ = _steps(_whole(dt_next, tile), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        dt, decay, _ = _steps(_dt(dt_next, factor, tile, mma, RANK), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
         _store_pairs(pairs_s, decay, dt * x, T, whole_pairs)
         b_s._reinterpret(gl.float32, [T, N], whole).store(_whole(b_next, narrow))
         if not LOCAL_PASS:
@@ -354,7 +414,7 @@ def _forward(
             c_s._reinterpret(gl.float32, [T, N], whole).store(_whole(c_next, narrow))
         # The next tile is on its way while this one is walked; behind the last it is the last once more.
         t3 = gl.minimum(t0 + T, first + (last - first - 1) // T * T)
-        x_next, dt_next = _rows_of(X, t3, last, sx_t, col_ok, tile, FULL), _rows_of(DT, t3, last, sd_t, col_ok, tile, FULL)
+        x_next, dt_next = _rows_of(X, t3, last, sx_t, col_ok, tile, FULL), _dt_rows(DT, t3, last, sd_t, col_ok, tile, RANK, FULL)
         b_next = _rows_of(Bm, t3, last, sb_t, bcol_ok, narrow, FULL)
         if not LOCAL_PASS:
             z_next, c_next = _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL), _rows_of(C, t3, last, sc_t, bcol_ok, narrow, FULL)
@@ -407,7 +467,7 @@ def scan_gradient_state(
 
 @gluon.jit
 def _gradient_state(
-    block, b, s, n_batch, L, S, SEGMENT, DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN, sd_b, sz_b, sc_b, sy_b,
+    block, b, s, n_batch, L, S, SEGMENT, DT, FACTOR, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN, sd_b, sz_b, sc_b, sy_b,
     SHAPE: gl.constexpr, N: gl.constexpr, T: gl.constexpr, U: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
     FULL: gl.constexpr,
 ):  # fmt: skip
@@ -428,6 +488,8 @@ def _gradient_state(
     sz_t: gl.constexpr = SHAPE[2]
     sc_t: gl.constexpr = SHAPE[3]
     sy_t: gl.constexpr = SHAPE[4]
+    RANK: gl.constexpr = SHAPE[5]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
@@ -436,6 +498,7 @@ def _gradient_state(
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
     col_ok, bcol_ok = d0 + cols < D, gl.arange(0, N, layout=gl.SliceLayout(0, narrow)) < N
     bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    factor = _factor(FACTOR, d0, D, RANK)
 
     pairs_s = gl.allocate_shared_memory(gl.float32, [T, 8, 2, 2], cube)  # decay and gradient of y before the gate
     c_s = gl.allocate_shared_memory(gl.float32, [T, N], by_token)
@@ -446,22 +509,22 @@ def _gradient_state(
     last = gl.minimum(first + SEGMENT, L)
     tiles = (last - first + T - 1) // T
     t0 = first + (tiles - 1) * T
-    DT += b * sd_b + d0
+    DT += b * sd_b + (d0 if RANK == 0 else 0)
     Z += b * sz_b + d0
     DY += b * sy_b + d0
     C += b * sc_b
     flags_at = b * L
-    dt_next, z_next = _rows_of(DT, t0, last, sd_t, col_ok, tile, FULL), _rows_of(Z, t0, last, sz_t, col_ok, tile, FULL)
+    dt_next, z_next = _dt_rows(DT, t0, last, sd_t, col_ok, tile, RANK, FULL), _rows_of(Z, t0, last, sz_t, col_ok, tile, FULL)
     dy_next, c_next = _rows_of(DY, t0, last, sy_t, col_ok, tile, FULL), _rows_of(C, t0, last, sc_t, bcol_ok, narrow, FULL)
     for i in range(0, tiles):
         t0 = first + (tiles - 1 - i) * T
-        _, decay, _ = _steps(_whole(dt_next, tile), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        _, decay, _ = _steps(_dt(dt_next, factor, tile, mma, RANK), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
         z = _whole(z_next, tile)
         dy = _whole(dy_next, tile) * z * _reciprocal(1.0 + _exp2(-LOG2E * z))
         _store_pairs(pairs_s, decay, dy, T, whole_pairs)
         c_s._reinterpret(gl.float32, [T, N], whole).store(_whole(c_next, narrow))
         t3 = gl.maximum(t0 - T, first)
-        dt_next, z_next = _rows_of(DT, t3, last, sd_t, col_ok, tile, FULL), _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL)
+        dt_next, z_next = _dt_rows(DT, t3, last, sd_t, col_ok, tile, RANK, FULL), _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL)
         dy_next, c_next = _rows_of(DY, t3, last, sy_t, col_ok, tile, FULL), _rows_of(C, t3, last, sc_t, bcol_ok, narrow, FULL)
         for t1 in range(0, T, U):
             for u in gl.static_range(U):
@@ -521,7 +584,7 @@ def scan_backward(
 
 @gluon.jit
 def _backward(
-    block, b, s, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+    block, b, s, n_batch, L, S, SEGMENT, X, DT, FACTOR, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
     DX, DDT, DZ, DBC, DA, DH0, sx_b, sd_b, sz_b, sb_b, sc_b, sy_b, sdx_b, sdd_b, sdz_b, SHAPE: gl.constexpr,
     N: gl.constexpr, T: gl.constexpr, HAS_FINAL: gl.constexpr, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr,
     FULL: gl.constexpr,
@@ -558,6 +621,7 @@ def _backward(
     sdx_t: gl.constexpr = SHAPE[7]
     sdd_t: gl.constexpr = SHAPE[8]
     sdz_t: gl.constexpr = SHAPE[9]
+    RANK: gl.constexpr = SHAPE[10]
     d0 = block * BD
     d = d0 + gl.arange(0, BD, layout=by_channel)
     off = gl.expand_dims(d, 1) * N + gl.expand_dims(gl.arange(0, N, layout=by_state), 0)
@@ -590,7 +654,7 @@ def _backward(
     last = gl.minimum(first + SEGMENT, L)
     tiles = (last - first + T - 1) // T
     X += b * sx_b + d0
-    DT += b * sd_b + d0
+    DT += b * sd_b + (d0 if RANK == 0 else 0)
     Z += b * sz_b + d0
     DY += b * sy_b + d0
     OUT += b * L * D + d0
@@ -609,15 +673,17 @@ def _backward(
     part_off = (part_row * 2 + gl.expand_dims(gl.expand_dims(part_q, 0), 2)) * N + gl.expand_dims(gl.expand_dims(part_n, 0), 0)
 
     t0 = first + (tiles - 1) * T
-    x_raw, dt_raw = _rows_of(X, t0, last, sx_t, col_ok, tile, FULL), _rows_of(DT, t0, last, sd_t, col_ok, tile, FULL)
+    x_raw, dt_raw = _rows_of(X, t0, last, sx_t, col_ok, tile, FULL), _dt_rows(DT, t0, last, sd_t, col_ok, tile, RANK, FULL)
     z_raw, dy_raw = _rows_of(Z, t0, last, sz_t, col_ok, tile, FULL), _rows_of(DY, t0, last, sy_t, col_ok, tile, FULL)
     out_raw = _rows_of(OUT, t0, last, D, col_ok, tile, FULL)
     b_raw, c_raw = _rows_of(Bm, t0, last, sb_t, bcol_ok, narrow, FULL), _rows_of(C, t0, last, sc_t, bcol_ok, narrow, FULL)
     h_next = gl.load(STATES + (t0 // T).to(gl.int64) * D * N + off, mask=ok2, other=0.0)
+    factor = _factor(FACTOR, d0, D, RANK)
     for i in range(0, tiles):
         t0 = first + (tiles - 1 - i) * T
         x = _whole(x_raw, tile)
-        dt, decay, slope = _steps(_whole(dt_raw, tile), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        dt = _dt(dt_raw, factor, tile, mma, RANK)
+        dt, decay, slope = _steps(dt, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
         z, dy = _whole(z_raw, tile), _whole(dy_raw, tile)
         z = gl.where(z == 0.0, 1e-30, z)
         gate = _reciprocal(1.0 + _exp2(-LOG2E * z))
@@ -693,11 +759,12 @@ def _backward(
 
         # The tile before is on its way while this one is finished.
         x_now = x_raw
-        x_raw, dt_raw = _rows_of(X, t3, last, sx_t, col_ok, tile, FULL), _rows_of(DT, t3, last, sd_t, col_ok, tile, FULL)
+        x_raw, dt_raw = _rows_of(X, t3, last, sx_t, col_ok, tile, FULL), _dt_rows(DT, t3, last, sd_t, col_ok, tile, RANK, FULL)
         z_raw, dy_raw = _rows_of(Z, t3, last, sz_t, col_ok, tile, FULL), _rows_of(DY, t3, last, sy_t, col_ok, tile, FULL)
         out_raw = _rows_of(OUT, t3, last, D, col_ok, tile, FULL)
         b_raw, c_raw = _rows_of(Bm, t3, last, sb_t, bcol_ok, narrow, FULL), _rows_of(C, t3, last, sc_t, bcol_ok, narrow, FULL)
         h_next = gl.load(STATES + (t3 // T).to(gl.int64) * D * N + off, mask=ok2, other=0.0)
+        factor = _factor(FACTOR, d0, D, RANK)  # once more: there are no registers to keep it in
         sums = gl.permute(pairs_s._reinterpret(gl.float32, [T // 8, 2, 8, BD], whole_pairs).load(_sums_layout(T)), [0, 2, 3, 1])
         through_decay, through_input = gl.split(gl.reshape(sums, [T, BD, 2]))
         through_decay = gl.convert_layout(through_decay, tile, assert_trivial=True)

@@ -85,13 +85,14 @@ def join_gradients(segments: Segments, A: Tensor, grad_final: Tensor | None) -> 
 def segment_states(x, dt, A, B, dt_bias, reset=None, live=None) -> Segments:
     """What every segment that `forward` would walk leaves of a state of 0."""
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
-    x, dt, B = map(_token_major, (x, dt, B))
+    x, B = map(_token_major, (x, B))
     A, dt_bias = A.float().contiguous(), dt_bias.float().contiguous()
     kernels = _kernels(x.device, d_state)
+    dt, factor = _factors(dt, kernels)
     segments, size = _segments(batch, length, -(-d_inner // kernels.channels), x.device)
     found = Segments(_states(x, batch, segments, d_inner, d_state), _states(x, batch, segments, d_inner))
     kernels.forward(  # z, C, D and outputs are not touched
-        [(d_inner, batch, length, segments, size, x, dt, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset), _flags(live),
+        [(d_inner, batch, length, segments, size, x, dt, factor, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset), _flags(live),
           x, found.local, found.local, *_strides(x, dt, x, B, B))],
         local_pass=True,
     )
@@ -102,13 +103,14 @@ def segment_states(x, dt, A, B, dt_bias, reset=None, live=None) -> Segments:
 def segment_gradients(grad_y, dt, A, C, z, dt_bias, reset=None, live=None) -> Segments:
     """What the outputs of every segment that `backward` would walk ask of the state before it."""
     (batch, length, d_inner), d_state = grad_y.shape, A.shape[1]
-    grad_y, dt, C, z = map(_token_major, (grad_y, dt, C, z))
+    grad_y, C, z = map(_token_major, (grad_y, C, z))
     A, dt_bias = A.float().contiguous(), dt_bias.float().contiguous()
     kernels = _kernels(grad_y.device, d_state)
+    dt, factor = _factors(dt, kernels)
     segments, size = _segments(batch, length, -(-d_inner // kernels.channels), grad_y.device)
     found = Segments(_states(grad_y, batch, segments, d_inner, d_state), _states(grad_y, batch, segments, d_inner))
     kernels.gradient_state(
-        [(d_inner, batch, length, segments, size, dt, z, C, grad_y, A, dt_bias, _flags(reset), _flags(live), *found,
+        [(d_inner, batch, length, segments, size, dt, factor, z, C, grad_y, A, dt_bias, _flags(reset), _flags(live), *found,
           *_strides(dt, z, C, grad_y))]
     )
     return found
@@ -117,6 +119,7 @@ def segment_gradients(grad_y, dt, A, C, z, dt_bias, reset=None, live=None) -> Se
 def forward(x, dt, A, B, C, D, z, dt_bias, reset=None, live=None, initial_state=None, passed: Segments | None = None):
     """(y (B, L, D) in x's dtype, final state (B, D, N), kept states (B, ceil(L / KEEP), D, N)), states in float32.
 
+    dt (B, L, D), or the two factors of which it is the product, rows (B, L, R) and a matrix (D, R): here and in all that follows.
     passed: of `segment_states`, if it has been called already.
     """
     return forward_together([(x, dt, A, B, C, D, z, dt_bias, reset, live, initial_state)], [passed])[0]
@@ -128,7 +131,8 @@ def forward_together(problems: list[tuple], passed: list[Segments | None]) -> li
     found, first_pass, arguments = [], [], []
     for (x, dt, A, B, C, D, z, dt_bias, *flags, initial_state), known, (segments, size) in zip(_alike(problems), passed, cuts):
         (batch, length, d_inner), d_state = x.shape, A.shape[1]
-        x, dt, B, C, z = map(_token_major, (x, dt, B, C, z))
+        x, B, C, z = map(_token_major, (x, B, C, z))
+        dt, factor = _factors(dt, kernels)
         A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
         initial_state = None if initial_state is None else initial_state.float().contiguous()
         y = x.new_empty(batch, length, d_inner)
@@ -136,7 +140,7 @@ def forward_together(problems: list[tuple], passed: list[Segments | None]) -> li
         states = _segment_states(final, segments) if known is None else known
         found.append((y, final, kept))
         arguments.append(
-            (d_inner, batch, length, segments, size, x, dt, z, B, C, A, dt_bias, D, initial_state, *states, *flags,
+            (d_inner, batch, length, segments, size, x, dt, factor, z, B, C, A, dt_bias, D, initial_state, *states, *flags,
              y, kept, final, *_strides(x, dt, z, B, C))
         )
         if segments > 1 and known is None:
@@ -170,11 +174,13 @@ def backward_together(
     for problem, (grad_y, kept, y), into, known, (segments, size) in zip(_alike(problems), results, outs, asked, cuts):
         x, dt, A, B, C, D, z, dt_bias, *flags, grad_final = problem
         (batch, length, d_inner), d_state = x.shape, A.shape[1]
-        x, dt, B, C, z, grad_y = map(_token_major, (x, dt, B, C, z, grad_y))
+        x, B, C, z, grad_y = map(_token_major, (x, B, C, z, grad_y))
+        dt, factor = _factors(dt, kernels)
         A, D, dt_bias = (v.float().contiguous() for v in (A, D, dt_bias))
         grad_final = None if grad_final is None else grad_final.float().contiguous()
         grad_x, grad_dt, grad_z, grad_B, grad_C = (
-            torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out for v, out in zip((x, dt, z, B, C), into)
+            torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
+            for v, out in zip((x, dt if factor is None else x, z, B, C), into)
         )
         programs, exact = -(-d_inner // kernels.channels), torch.bfloat16 not in (B.dtype, C.dtype)
         part_bc = torch.empty(
@@ -186,11 +192,11 @@ def backward_together(
         states = _segment_states(grad_initial, segments) if known is None else known
         if segments > 1 and known is None:
             first_pass.append(
-                (d_inner, batch, length, segments, size, dt, z, C, grad_y, A, dt_bias, *flags, *states,
+                (d_inner, batch, length, segments, size, dt, factor, z, C, grad_y, A, dt_bias, *flags, *states,
                  *_strides(dt, z, C, grad_y))
             )
         arguments.append(
-            (d_inner, batch, length, segments, size, x, dt, z, B, C, grad_y, y, A, dt_bias, D, *flags, kept, grad_final, *states,
+            (d_inner, batch, length, segments, size, x, dt, factor, z, B, C, grad_y, y, A, dt_bias, D, *flags, kept, grad_final, *states,
              grad_x, grad_dt, grad_z, part_bc, part_a, grad_initial,
              *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z))
         )
@@ -231,6 +237,16 @@ def _alike(problems: list[tuple]) -> list[tuple]:
             state = torch.zeros(x.shape[0], *A.shape, device=x.device)
         found.append((*values, _flags(reset), _flags(live), state))
     return found
+
+
+def _factors(dt: Tensor | tuple[Tensor, Tensor], kernels) -> tuple[Tensor, Tensor | None]:
+    """dt and None, or its factors where the kernels multiply them."""
+    if isinstance(dt, Tensor):
+        return _token_major(dt), None
+    rows, matrix = dt
+    if kernels.multiply(rows, matrix):
+        return rows, matrix
+    return torch.mm(rows.flatten(0, 1), matrix.t()).view(*rows.shape[:2], len(matrix)), None
 
 
 def _token_major(v: Tensor) -> Tensor:
@@ -309,33 +325,44 @@ class GluonKernels:
         self.module, self.d_state = gluon, d_state
 
     def forward(self, problems: list[tuple], local_pass: bool = False, without_last: bool = False) -> None:
-        x, h0, reset, live = (problems[0][i] for i in (5, 13, 16, 17))
+        x, h0, reset, live = (problems[0][i] for i in (5, 14, 17, 18))
         self._launch(
-            self.module.scan_forward, problems, 5, (*range(5, 10), 18), without_last, LOCAL_PASS=local_pass,
+            self.module.scan_forward, problems, 5, (5, 6, 8, 9, 10, 19), 7, without_last, LOCAL_PASS=local_pass,
             EXACT=x.dtype == torch.float32, HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def gradient_state(self, problems: list[tuple], without_first: bool = False) -> None:
-        reset, live = problems[0][11:13]
+        reset, live = problems[0][12:14]
         self._launch(
-            self.module.scan_gradient_state, problems, 4, range(5, 9), without_first, U=8, FIRST=int(without_first),
+            self.module.scan_gradient_state, problems, 4, (5, 7, 8, 9), 6, without_first, U=8, FIRST=int(without_first),
             HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def backward(self, problems: list[tuple]) -> None:
-        reset, live, _, final = problems[0][15:19]
+        reset, live, _, final = problems[0][16:20]
         self._launch(
-            self.module.scan_backward, problems, 9, range(5, 12),
+            self.module.scan_backward, problems, 9, (5, 6, *range(8, 13)), 7,
             HAS_FINAL=final is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
-    def _launch(self, kernel, problems: list[tuple], n_strided: int, token_major, one_less: bool = False, **flags) -> None:
-        """n_strided: pairs of strides at the end of a problem; token_major: which of its arguments are read a tile at a time."""
+    def multiply(self, rows: Tensor, matrix: Tensor) -> bool:
+        """Whether the kernels form dt of these factors: in bfloat16, 32 columns at a time, which a row's lanes read 16 bytes each."""
+        aligned = all(
+            v.data_ptr() % 16 == 0 and v.stride(-1) == 1 and all(s % 8 == 0 for s in v.stride()[:-1]) for v in (rows, matrix)
+        )
+        return aligned and rows.dtype == matrix.dtype == torch.bfloat16 and rows.shape[-1] % 32 == 0 and matrix.is_contiguous()
+
+    def _launch(
+        self, kernel, problems: list[tuple], n_strided: int, token_major, factor_at: int, one_less: bool = False, **flags
+    ) -> None:
+        """n_strided: pairs of strides at the end of a problem; token_major: which of its arguments are read a tile at a time;
+        factor_at: which is dt's second factor."""
         arguments, shapes, full = [], [], True
         for problem in problems:
             (d_inner, _, length, *_), strides = problem[:5], problem[-2 * n_strided :]
             arguments.append((*problem[1 : -2 * n_strided], *strides[::2]))
-            shape, last = (d_inner, *strides[1::2]), len(arguments)
+            rank = 0 if problem[factor_at] is None else problem[factor_at].shape[1]
+            shape, last = (d_inner, *strides[1::2], rank), len(arguments)
             alike = bool(shapes) and shapes[-1][2] == shape
             shapes.append((shapes.pop()[0] if alike else last - 1, last, shape))
             full = full and d_inner % self.channels == 0 and length % KEEP == 0
@@ -355,22 +382,25 @@ class PlainKernels:
     def __init__(self, d_state: int):
         self.constants = dict(N=d_state, NP=triton.next_power_of_2(d_state), BD=self.channels)
 
+    def multiply(self, rows: Tensor, matrix: Tensor) -> bool:
+        return False
+
     def forward(self, problems: list[tuple], local_pass: bool = False, without_last: bool = False) -> None:
-        h0, reset, live = (problems[0][i] for i in (13, 16, 17))
+        h0, reset, live = (problems[0][i] for i in (14, 17, 18))
         _launch(
             _scan_forward, problems, problems, self.channels, without_last, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass,
             HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def gradient_state(self, problems: list[tuple], without_first: bool = False) -> None:
-        reset, live = problems[0][11:13]
+        reset, live = problems[0][12:14]
         _launch(
             _scan_gradient_state, problems, problems, self.channels, without_first, **self.constants, FIRST=int(without_first),
             HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def backward(self, problems: list[tuple]) -> None:
-        reset, live, kept, final = problems[0][15:19]
+        reset, live, kept, final = problems[0][16:20]
         arguments = []
         for problem in problems:
             d_inner, batch, _, segments, *_ = problem
@@ -435,7 +465,7 @@ def _scan_forward(
 ):  # fmt: skip
     """As `gluon.scan_forward`, one token at a time."""
     problem, block, b, s = _place(PROBLEMS, STARTS, BD)
-    (D, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
+    (D, n_batch, L, S, SEGMENT, X, DT, FACTOR, Z, Bm, C, A, BIAS, SKIP, H0, LOCAL, SPAN, RESET, LIVE, Y, STATES, FINAL,
      sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t) = problem  # fmt: skip
     d, n = block * BD + tl.arange(0, BD), tl.arange(0, NP)
     ok, n_ok = d < D, n < N
@@ -485,7 +515,7 @@ def _scan_gradient_state(
 ):  # fmt: skip
     """As `gluon.scan_gradient_state`, one token at a time."""
     problem, block, b, s = _place(PROBLEMS, STARTS, BD)
-    (D, n_batch, L, S, SEGMENT, DT, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
+    (D, n_batch, L, S, SEGMENT, DT, FACTOR, Z, C, DY, A, BIAS, RESET, LIVE, LOCAL, SPAN,
      sd_b, sd_t, sz_b, sz_t, sc_b, sc_t, sy_b, sy_t) = problem  # fmt: skip
     s += FIRST
     d, n = block * BD + tl.arange(0, BD), tl.arange(0, NP)
@@ -519,7 +549,7 @@ def _scan_backward(
 ):  # fmt: skip
     """As `gluon.scan_backward`, one token at a time; a program keeps the states of KEEP tokens in its part of SCRATCH."""
     problem, pid, b, s = _place(PROBLEMS, STARTS, BD)
-    (D, n_batch, L, S, SEGMENT, X, DT, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
+    (D, n_batch, L, S, SEGMENT, X, DT, FACTOR, Z, Bm, C, DY, OUT, A, BIAS, SKIP, RESET, LIVE, STATES, DFINAL, LOCAL, SPAN,
      DX, DDT, DZ, DBC, DA, DH0, sx_b, sx_t, sd_b, sd_t, sz_b, sz_t, sb_b, sb_t, sc_b, sc_t, sy_b, sy_t,
      sdx_b, sdx_t, sdd_b, sdd_t, sdz_b, sdz_t, SCRATCH) = problem  # fmt: skip
     d, n = pid * BD + tl.arange(0, BD), tl.arange(0, NP)
