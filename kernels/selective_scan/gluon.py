@@ -35,6 +35,16 @@ def _reciprocal(x):
 
 
 @gluon.jit
+def _nonzero(z, Z):
+    """z, but for 0, since the backward pass divides by silu(z). No bfloat16 is -1e-30."""
+    if Z.dtype.element_ty == gl.bfloat16:
+        z += 1e-30
+    else:
+        z = gl.where(z == 0.0, 1e-30, z)
+    return z
+
+
+@gluon.jit
 def _softplus(v, e):
     """log(1 + exp(v)), with e = exp(-|v|) in [0, 1]: log1p by a polynomial fitted on [0, 1], relative error 2e-7."""
     p = 0.005253457929939032 * e - 0.02958850748836994
@@ -170,12 +180,23 @@ def _factor(base, d0, D: gl.constexpr, RANK: gl.constexpr):
 
 
 @gluon.jit
-def _dt(blocks, factor, layout: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
-    """dt before its bias, (32, 16) in float32."""
+def _bias(base, d0, D: gl.constexpr, layout: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
+    """dt_bias of 16 channels, where `_dt` adds it."""
     if RANK == 0:
-        dt = _whole(blocks, layout)
+        d = d0 + gl.arange(0, 16, layout=gl.SliceLayout(0, layout))
     else:
-        total = gl.full([32, 16], 0.0, gl.float32, M)
+        place = gl.arange(0, 16, layout=gl.SliceLayout(0, M))
+        d = d0 + place % 8 // 2 * 4 + place // 8 * 2 + place % 2
+    return gl.load(base + d, mask=d < D, other=0.0)
+
+
+@gluon.jit
+def _dt(blocks, factor, bias, layout: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr):
+    """dt with its bias, (32, 16) in float32."""
+    if RANK == 0:
+        dt = _whole(blocks, layout) + gl.expand_dims(bias, 0)
+    else:
+        total = gl.full([32, 16], 0.0, gl.float32, M) + gl.expand_dims(bias, 0)
         for q in gl.static_range(RANK // 32):
             left = gl.reshape(gl.permute(gl.reshape(_two(blocks[q]), [32, 4, 2, 2, 2]), [0, 2, 3, 1, 4]), [32, 32])
             right = gl.reshape(gl.permute(gl.reshape(_two(factor[q]), [16, 4, 2, 2, 2]), [2, 3, 1, 4, 0]), [32, 16])
@@ -217,11 +238,10 @@ def _flags(base, first, last, rows):
 
 @gluon.jit
 def _steps(
-    dt_raw, bias, first, last, rows, flags_at, RESET, LIVE, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr
+    v, first, last, rows, flags_at, RESET, LIVE, HAS_RESET: gl.constexpr, HAS_LIVE: gl.constexpr, FULL: gl.constexpr
 ):  # fmt: skip
     """(dt, step of the decay, slope of softplus), (T, BD) each: dt is 0 where a token does not count, and the decay's step is CUT
     where the state before the token is dropped."""
-    v = dt_raw.to(gl.float32) + gl.expand_dims(bias, 0)
     e = _exp2(-LOG2E * gl.abs(v))
     slope = gl.where(v >= 0.0, 1.0, e) * _reciprocal(1.0 + e)
     dt = _softplus(v, e)
@@ -373,7 +393,7 @@ def _forward(
     a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
     col_ok, bcol_ok = d0 + cols < D, gl.arange(0, N, layout=gl.SliceLayout(0, narrow)) < N
-    bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    bias = _bias(BIAS, d0, D, tile, mma, RANK)
     factor = _factor(FACTOR, d0, D, RANK)
     skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
 
@@ -406,7 +426,7 @@ def _forward(
         z_next, c_next = _rows_of(Z, first, last, sz_t, col_ok, tile, FULL), _rows_of(C, first, last, sc_t, bcol_ok, narrow, FULL)
     for t0 in range(first, last, T):
         x = _whole(x_next, tile)
-        dt, decay, _ = _steps(_dt(dt_next, factor, tile, mma, RANK), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        dt, decay, _ = _steps(_dt(dt_next, factor, bias, tile, mma, RANK), t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
         _store_pairs(pairs_s, decay, dt * x, T, whole_pairs)
         b_s._reinterpret(gl.float32, [T, N], whole).store(_whole(b_next, narrow))
         if not LOCAL_PASS:
@@ -438,7 +458,7 @@ def _forward(
                 y_s._reinterpret(gl.float32, [T // 8, 8, BD], whole).index(t1 // 8).store(_by_token(sums))
         if not LOCAL_PASS:
             y = y_s._reinterpret(gl.float32, [T, BD], whole).load(tile) + gl.expand_dims(skip, 0) * x
-            z = gl.where(z == 0.0, 1e-30, z)  # the backward pass divides by silu(z)
+            z = _nonzero(z, Z)
             y = y * (z * _reciprocal(1.0 + _exp2(-LOG2E * z)))
             _store_rows(Y, t0, last, D, col_ok, tile, FULL, y)
     if LOCAL_PASS:
@@ -497,7 +517,7 @@ def _gradient_state(
     a2 = gl.minimum(gl.load(A + off, mask=ok2, other=-1.0) * LOG2E, -1e-30)
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
     col_ok, bcol_ok = d0 + cols < D, gl.arange(0, N, layout=gl.SliceLayout(0, narrow)) < N
-    bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    bias = _bias(BIAS, d0, D, tile, mma, RANK)
     factor = _factor(FACTOR, d0, D, RANK)
 
     pairs_s = gl.allocate_shared_memory(gl.float32, [T, 8, 2, 2], cube)  # decay and gradient of y before the gate
@@ -518,7 +538,7 @@ def _gradient_state(
     dy_next, c_next = _rows_of(DY, t0, last, sy_t, col_ok, tile, FULL), _rows_of(C, t0, last, sc_t, bcol_ok, narrow, FULL)
     for i in range(0, tiles):
         t0 = first + (tiles - 1 - i) * T
-        _, decay, _ = _steps(_dt(dt_next, factor, tile, mma, RANK), bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        _, decay, _ = _steps(_dt(dt_next, factor, bias, tile, mma, RANK), t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
         z = _whole(z_next, tile)
         dy = _whole(dy_next, tile) * z * _reciprocal(1.0 + _exp2(-LOG2E * z))
         _store_pairs(pairs_s, decay, dy, T, whole_pairs)
@@ -630,7 +650,7 @@ def _backward(
     rows, cols = gl.arange(0, T, layout=gl.SliceLayout(1, tile)), gl.arange(0, BD, layout=gl.SliceLayout(0, tile))
     bcols = gl.arange(0, N, layout=gl.SliceLayout(0, narrow))
     col_ok, bcol_ok = d0 + cols < D, bcols < N
-    bias = gl.load(BIAS + d0 + cols, mask=col_ok, other=0.0)
+    bias = _bias(BIAS, d0, D, tile, mma, RANK)
     skip = gl.load(SKIP + d0 + cols, mask=col_ok, other=0.0)
 
     states_s = gl.allocate_shared_memory(gl.float32, [T // 8, BD, N], _states_layout(N))
@@ -682,10 +702,10 @@ def _backward(
     for i in range(0, tiles):
         t0 = first + (tiles - 1 - i) * T
         x = _whole(x_raw, tile)
-        dt = _dt(dt_raw, factor, tile, mma, RANK)
-        dt, decay, slope = _steps(dt, bias, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
+        dt = _dt(dt_raw, factor, bias, tile, mma, RANK)
+        dt, decay, slope = _steps(dt, t0, last, rows, flags_at, RESET, LIVE, HAS_RESET, HAS_LIVE, FULL)
         z, dy = _whole(z_raw, tile), _whole(dy_raw, tile)
-        z = gl.where(z == 0.0, 1e-30, z)
+        z = _nonzero(z, Z)
         gate = _reciprocal(1.0 + _exp2(-LOG2E * z))
         # y before the gate is out / silu(z); silu'(z) / silu(z) = (1 + z (1 - sigmoid(z))) / z
         dz = dy * _whole(out_raw, tile) * (1.0 + z * (1.0 - gate)) * _reciprocal(z)
