@@ -74,12 +74,13 @@ def measure(ranks: Processes, config: Config, warmup: int, steps: int, save: boo
     bytes too, and next_loss, of the step after it.
     """
     trainer = Trainer(config, ranks, "none")
-    taken = [trainer.train_step() for _ in range(warmup)]
+    before = _traffic(trainer)  # counted where exchanges are called: in the first step, not where a graph repeats them
+    taken = [trainer.train_step()]
+    bytes_sent, exchanges = (after - start for after, start in zip(_traffic(trainer), before))
+    taken += [trainer.train_step() for _ in range(warmup - 1)]
     each = taken[-1]["step_seconds"]
     steps = broadcast_object(min(steps, max(5, math.ceil(LONGEST / each))))
-    before = _traffic(trainer)
     settled = [trainer.train_step() for _ in range(steps)]
-    bytes_sent, exchanges = ((after - start) // steps for after, start in zip(_traffic(trainer), before))
     gib = torch.tensor(peak_memory_gib(), device=ranks.device)
     dist.all_reduce(gib, op=dist.ReduceOp.MAX)
     found = {

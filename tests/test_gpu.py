@@ -1,4 +1,8 @@
 """On a CUDA device: the same numbers as on the CPU, causality to the bit, and no device-to-host sync in a pass."""
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +110,13 @@ def test_graphs_give_the_losses_and_gradients_of_single_launches_to_the_bit(inne
     assert len(set(losses[:8])) == 8 and losses[:8] == losses[8:]
     assert all(torch.equal(a, b) for one, other in zip(gradients[:8], gradients[8:]) for a, b in zip(one, other))
     assert len(model.forward.graphs) == 2 and all(model.forward.graphs.values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_graphs_with_the_exchanges_of_shared_sequences():
+    script = Path(__file__).with_name("shared_graphs.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

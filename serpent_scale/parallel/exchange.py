@@ -21,7 +21,7 @@ Form = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass
 class Traffic:
-    """What this rank has sent to others so far."""
+    """What this rank has sent to others so far, not counting what CUDA graphs repeat."""
 
     exchanges: int = 0
     bytes: int = 0

@@ -108,7 +108,17 @@ def _first_slurm_host(env) -> str:
         raise UserError(f"cannot list the hosts of {hosts} with scontrol; export MASTER_ADDR before srun") from None
 
 
+_before_stop: list[Callable[[], None]] = []
+
+
+def before_stop(release: Callable[[], None]) -> None:
+    """Have what holds on to the communicators released before they are closed."""
+    _before_stop.append(release)
+
+
 def stop() -> None:
+    while _before_stop:
+        _before_stop.pop()()
     if torch.distributed.is_initialized():
         import deepspeed.comm
 

@@ -1,8 +1,11 @@
 """The forward and backward passes of a training step as CUDA graphs: one launch each in place of thousands.
 
-A SeRpEnt layer is many small kernels, which a host launches more slowly than a GPU runs them.
+A SeRpEnt layer is many small kernels, and a layer of a shared sequence many exchanges: a host launches them more slowly than a GPU
+runs them.
 """
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +24,12 @@ class GraphedForward:
     of a kind runs without (its kernels are compiled there), the second is captured. Results are the same to the bit.
     """
 
-    def __init__(self, model: LanguageModel, accumulates: bool = False):
-        """accumulates: gradients of several batches are summed, so each batch needs its own."""
-        self.model, self.forward, self.accumulates = model, model.forward, accumulates
+    def __init__(
+        self, model: LanguageModel, accumulates: bool = False, shard: Callable[[Documents], Documents] = lambda whole: whole
+    ):
+        """accumulates: gradients of several batches are summed, so each batch needs its own. shard: of documents of whole
+        sequences, those of the piece that the model is given."""
+        self.model, self.forward, self.accumulates, self.shard = model, model.forward, accumulates, shard
         self.graphs: dict[tuple, _Graph | None] = {}
         self.pool, self.gradients = torch.cuda.graph_pool_handle(), None
 
@@ -34,7 +40,9 @@ class GraphedForward:
         usual = labels is not None and documents is not None and documents.live is None and states is None and not per_token
         if not (usual and torch.is_grad_enabled()):
             return self.forward(tokens, documents, labels, states, per_token, last_only)
-        key = tokens.shape, self.model.slots(documents)
+        slots, whole = self.model.slots(documents), _whole(documents)
+        # Shapes of what a piece of a sequence tells others depend on where in it the documents lie.
+        key = tokens.shape, slots, whole.lengths if slots and whole is not documents else ()
         if key not in self.graphs:
             if len(self.graphs) < LIMIT:
                 self.graphs[key] = None
@@ -43,6 +51,17 @@ class GraphedForward:
         graph.fill(tokens, documents, labels)
         return _Replay.apply(graph, *graph.parameters), []
 
+    def release(self) -> None:
+        """Drop all graphs: a communicator that is in one cannot be closed. Batches run without from now on."""
+        for graph in filter(None, self.graphs.values()):
+            graph.forward.reset()
+            graph.backward.reset()
+        self.graphs, self.gradients, self.model.forward = {}, None, self.forward
+
+
+def _whole(documents: Documents) -> Documents:
+    return documents if documents.shard is None else documents.shard.whole
+
 
 class _Graph:
     """Two graphs: from a batch in fixed memory to the loss, and on to the gradients, in memory that all graphs share."""
@@ -50,7 +69,7 @@ class _Graph:
     def __init__(self, owner: GraphedForward, tokens: Tensor, documents: Documents, labels: Tensor):
         self.owner, named = owner, dict(owner.model.named_parameters())
         self.parameters = list(named.values())
-        self.tokens, self.labels, self.reset = tokens.clone(), labels.clone(), documents.reset.clone()
+        self.tokens, self.labels, self.reset = tokens.clone(), labels.clone(), _whole(documents).reset.clone()
         self.seed = torch.ones((), device=tokens.device)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Leaves of the graph's own: those of the model may be tied to the stream that hooks on their gradients were set on.
@@ -59,10 +78,11 @@ class _Graph:
         device = tokens.device.type
         # Weights cast to the autocast dtype belong to the graph: a cached cast would be of the weights at capture.
         with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False):
-            with torch.cuda.graph(self.forward, owner.pool):
-                documents = Documents(self.reset, documents.lengths)
+            # Of this thread alone: one of the collective library's asks the device for its events meanwhile.
+            with torch.cuda.graph(self.forward, owner.pool, capture_error_mode="thread_local"):
+                documents = owner.shard(Documents(self.reset, _whole(documents).lengths))
                 loss, _ = functional_call(bare, leaves, (self.tokens, documents, self.labels))
-        with torch.cuda.graph(self.backward, owner.pool):
+        with torch.cuda.graph(self.backward, owner.pool, capture_error_mode="thread_local"):
             gradients = torch.autograd.grad(loss, list(leaves.values()), self.seed)
             if owner.gradients is not None:
                 torch._foreach_copy_(owner.gradients, gradients)
@@ -73,7 +93,7 @@ class _Graph:
     def fill(self, tokens: Tensor, documents: Documents, labels: Tensor) -> None:
         self.tokens.copy_(tokens)
         self.labels.copy_(labels)
-        self.reset.copy_(documents.reset)
+        self.reset.copy_(_whole(documents).reset)
 
 
 class _Bare(nn.Module):

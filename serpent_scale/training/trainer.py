@@ -18,7 +18,7 @@ from serpent_scale.errors import UserError
 from serpent_scale.model.accounting import flops_per_token
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.parallel import watchdog
-from serpent_scale.parallel.processes import Processes, all_reduce_sum, broadcast_object, on_every_rank, on_rank_zero
+from serpent_scale.parallel.processes import Processes, all_reduce_sum, before_stop, broadcast_object, on_every_rank, on_rank_zero
 from serpent_scale.parallel.sequence import Sequence, load
 from serpent_scale.training import badsteps, signals, validation
 from serpent_scale.training.batches import DeviceBatch, send
@@ -61,8 +61,10 @@ class Trainer:
         self.engine, self.optimizer = build_engine(model, config, processes)
         training = config.training
         graphs = training.cuda_graphs and training.zero_stage < 3 and not training.activation_checkpointing
-        if graphs and device.type == "cuda" and model.fixed_shapes and self.sequence is None:
-            model.forward = GraphedForward(model, accumulates=bool(training.stages) or accumulation > 1)
+        if graphs and device.type == "cuda" and model.fixed_shapes:
+            shard = {"shard": self.sequence.shard} if self.sequence else {}
+            model.forward = GraphedForward(model, accumulates=bool(training.stages) or accumulation > 1, **shard)
+            before_stop(model.forward.release)
         self.flops = flops_per_token(config.model, config.data.seq_len).training
         self.peak = peak_flops(config, device) * processes.world_size
         self.step, self.tokens, self.wandb_id, self.metrics = 0, 0, None, None
