@@ -113,10 +113,7 @@ def layer(ranks, arguments, length: int) -> dict:
         def step() -> Tensor:
             with torch.autocast(harness.DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 y = form()
-            y.backward(torch.ones_like(y))
-            for parameter in mixer.parameters():
-                parameter.grad = None
-            x.grad = None
+            torch.autograd.grad(y, [x, *mixer.parameters()], torch.ones_like(y))
             return y.detach()
 
         outputs.append(step())

@@ -46,6 +46,8 @@ def main() -> None:
         dist.all_reduce(same, op=dist.ReduceOp.MIN)
         if not same:
             raise SystemExit(f"{pattern}: not the same to the bit")
+        if ranks.rank == 0:
+            print(f"{pattern}: the same to the bit", flush=True)
     processes.stop()
 
 
