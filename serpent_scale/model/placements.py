@@ -25,6 +25,7 @@ def placements(config: ModelConfig) -> dict[str, ModelConfig]:
     return {
         inner: plain(config),
         "serpent": placed(["serpent"], rates),
+        "serpent-half": placed(["serpent"], [0.5]),
         "serpent-wide": placed(["serpent"], rates, wide),
         "alternating": placed([inner, "serpent"], rates),
         "alternating-wide": placed([inner, "serpent"], rates, wide),
