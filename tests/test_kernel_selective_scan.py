@@ -1,4 +1,9 @@
 """The GPU's selective scan against the sequential float64 reference: outputs, states and every gradient."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from numerics import DEVICE, assert_near, gradients
@@ -132,3 +137,10 @@ def test_causal_and_repeatable_to_the_bit(kernels, monkeypatch):
 def test_larger_on_the_gpu(kernels, batch, length, d_inner, dtype, bound):
     reset = torch.rand(batch, length) < 0.003
     compare(inputs(batch, length, d_inner, 16, dtype), bound, reset)
+
+
+def test_the_plain_kernels_compile_for_a_gpu():
+    """The interpreter takes what the compiler refuses: a name of another type in each branch, say."""
+    script, variables = Path(__file__).with_name("compile_scan.py"), {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, script], env=variables, capture_output=True, text=True)
+    assert found.stdout.split() == ["_scan_add_parts", "_scan_backward", "_scan_forward", "_scan_gradient_state"], found.stderr[-2000:]

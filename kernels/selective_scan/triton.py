@@ -656,8 +656,8 @@ def _scan_add_parts(
         tl.store(GB + b * sb_b + t * sb_t + column, total.to(GB.dtype.element_ty), mask=ok & (column < N))
         tl.store(GC + b * sc_b + t * sc_t + column - N, total.to(GC.dtype.element_ty), mask=ok & (column >= N))
     else:
-        i = (place - row_programs) * BLOCK + tl.arange(0, BLOCK)
-        total = _add(SUMMANDS + i, n_summands, n_sums.to(tl.int64), i < n_sums, BLOCK)
+        at = (place - row_programs) * BLOCK + tl.arange(0, BLOCK)
+        found = _add(SUMMANDS + at, n_summands, n_sums.to(tl.int64), at < n_sums, BLOCK)
         if OF_LOG:
-            total *= tl.load(A + i, mask=i < n_A, other=1.0)
-        tl.store(SUMS + i, total, mask=i < n_sums)
+            found *= tl.load(A + at, mask=at < n_A, other=1.0)
+        tl.store(SUMS + at, found, mask=at < n_sums)
