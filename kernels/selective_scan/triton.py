@@ -169,7 +169,7 @@ def backward_together(
     """`backward` of each in one launch. problems: as `forward_together`'s, with grad_final in the place of the initial state;
     results: (grad_y, kept, y); outs: (grad_x, grad_dt, grad_z, grad_B, grad_C); of_log: A's gradient is that of log(-A)."""
     kernels, cuts = _cut(problems)
-    rows, block = 32, 1024
+    rows, block = 8, 256  # of one warp: enough loads on their way
     found, first_pass, arguments, sums, sum_programs = [], [], [], [], []
     for problem, (grad_y, kept, y), into, known, (segments, size) in zip(_alike(problems), results, outs, asked, cuts):
         x, dt, A, B, C, D, z, dt_bias, *flags, grad_final = problem
@@ -216,7 +216,7 @@ def backward_together(
     kernels.backward(arguments)
     launch_together(
         _scan_add_parts, sums, sum_programs, N=d_state, WIDTH=triton.next_power_of_2(2 * d_state), ROWS=rows, BLOCK=block,
-        OF_LOG=of_log,
+        OF_LOG=of_log, num_warps=1,
     )
     for gradients, (_, _, A, _, _, D, _, dt_bias, *_) in zip(found, problems):
         gradients.update({name: gradients[name].to(v.dtype) for name, v in (("A", A), ("D", D), ("dt_bias", dt_bias))})
