@@ -5,6 +5,7 @@ runs them.
 """
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -67,6 +68,7 @@ class _Graph:
     """Two graphs: from a batch in fixed memory to the loss, and on to the gradients, in memory that all graphs share."""
 
     def __init__(self, owner: GraphedForward, tokens: Tensor, documents: Documents, labels: Tensor):
+        gc.collect()  # the graphs of a model that is gone: freed during a capture they would end it
         self.owner, named = owner, dict(owner.model.named_parameters())
         self.parameters = list(named.values())
         self.tokens, self.labels, self.reset = tokens.clone(), labels.clone(), _whole(documents).reset.clone()
