@@ -319,17 +319,16 @@ FAMILIES = {
 
 
 def our_kernels() -> dict[str, str]:
-    """Kernel name -> op(s) under `kernels/` that have a kernel of that name."""
-    owners: dict[str, set[str]] = {}
-    for op in pkgutil.iter_modules(serpent_scale.kernels.__path__):
-        for form in ("triton", "gluon"):
-            try:
-                module = importlib.import_module(f"serpent_scale.kernels.{op.name}.{form}")
-            except ImportError:
-                continue
-            for value in vars(module).values():
-                if hasattr(value, "fn") and hasattr(value.fn, "__name__"):
-                    owners.setdefault(value.fn.__name__, set()).add(op.name)
+    """Kernel name -> op(s), folders and files under `kernels/`, that have a kernel of that name."""
+    package, owners = serpent_scale.kernels.__name__, {}
+    for found in pkgutil.walk_packages(serpent_scale.kernels.__path__, package + "."):
+        try:
+            module = importlib.import_module(found.name)
+        except ImportError:
+            continue
+        for value in vars(module).values():
+            if hasattr(value, "fn") and hasattr(value.fn, "__name__"):
+                owners.setdefault(value.fn.__name__, set()).add(found.name.removeprefix(package + ".").split(".")[0])
     return {kernel: " or ".join(sorted(ops)) for kernel, ops in owners.items()}
 
 
