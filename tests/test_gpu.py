@@ -11,6 +11,7 @@ from serpent_scale.config import MIXERS, AttentionConfig, Mamba2Config, ModelCon
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.language_model import LanguageModel
 from serpent_scale.training.graphs import GraphedForward
+from serpent_scale.training.readback import Readback
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 LENGTHS = (300, 3, 210)
@@ -82,6 +83,17 @@ def test_a_training_pass_never_waits_for_the_device(inner):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+def test_who_reads_back_waits_for_nothing_launched_later():
+    work, value, end = torch.randn(4096, 4096, device="cuda"), torch.ones((), device="cuda"), torch.cuda.Event()
+    work @ work  # loads what it needs
+    read = Readback(value)
+    value += 1
+    for _ in range(100):
+        work @ work
+    end.record()
+    assert float(read) == 1 and not end.query()
 
 
 @pytest.mark.parametrize("inner", ["mamba", "mamba2", "s5", "run"])

@@ -16,6 +16,7 @@ from serpent_scale.parallel.processes import Processes
 from serpent_scale.parallel.sequence import Sequence
 from serpent_scale.training.deepspeed_config import deepspeed_config
 from serpent_scale.training.optimizer import build_optimizer
+from serpent_scale.training.readback import Readback
 
 TRIAL_VOCABULARY = 64
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # of a norm; a wrong sum is out by a factor of 2 or more
@@ -39,6 +40,13 @@ def build_engine(model: LanguageModel, config: Config, processes: Processes):
     if processes.world_size == 1 and config.training.zero_stage == 0:
         # Over one rank it would copy all gradients into one buffer, multiply them by 1 and copy them back.
         engine.enable_backward_allreduce = False
+
+    def read_norm(*_) -> None:
+        if torch.is_tensor(getattr(engine.optimizer, "_global_grad_norm", None)):
+            engine.optimizer._global_grad_norm = Readback(engine.optimizer._global_grad_norm)
+
+    # ZeRO knows the norm when it calls the optimizer: who asks for it does not wait for the update and the gathering after it.
+    optimizer.register_step_pre_hook(read_norm)
     return engine, optimizer
 
 

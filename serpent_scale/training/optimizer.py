@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from serpent_scale.config import Config, ScheduleConfig
+from serpent_scale.training.readback import Readback
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -47,12 +48,12 @@ class GuardedAdamW(torch.optim.AdamW):
     then right at stage 0 too. Ranks agree, since stage 0 hands each of them the same averaged gradients.
 
     The fused kernel divides gradients by a factor on the device, and does nothing where a flag there says so: the update is
-    launched before the norm is known on the host.
+    launched before the norm is known on the host, which then waits for the norm alone.
     """
 
     def __init__(self, groups: list[dict], clip: float, **options):
         super().__init__(groups, fused=True, **options)
-        self.clip, self._global_grad_norm = clip, torch.zeros(())
+        self.clip, self._global_grad_norm = clip, 0.0
         self.grad_scale = self.found_inf = None  # what torch's fused step reads
 
     @property
@@ -66,7 +67,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.found_inf = 1 - finite.float()
         if self.clip > 0:
             self.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0)  # as torch.nn.utils.clip_grad_norm_
-        self._global_grad_norm = torch.where(finite, norm, math.inf)  # as ZeRO says it
+        self._global_grad_norm = Readback(torch.where(finite, norm, math.inf))  # as ZeRO says it
         return super().step(closure)
 
 

@@ -27,6 +27,7 @@ from serpent_scale.training.graphs import GraphedForward
 from serpent_scale.training.hardware import peak_flops, peak_memory_gib
 from serpent_scale.training.metrics import Metrics
 from serpent_scale.training.optimizer import apply_settings, learning_rate
+from serpent_scale.training.readback import Readback
 from serpent_scale.training.replicas import check_replicas
 from serpent_scale.training.run_folder import find_checkpoint, newest_checkpoint
 from serpent_scale.training.streams import first_sample, open_streams
@@ -160,7 +161,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch: its metrics.
 
-        The host waits for the device once, at the end, for the loss and the gradient norm.
+        The host waits for the device once, for the loss and the gradient norm. The update and what follows it are launched by
+        then: while the device makes it, the host ends the step and begins the next.
         """
         started, tokens = time.perf_counter(), self.samples.tokens(self.step + 1) - self.samples.tokens(self.step)
         rate = learning_rate(self.step, self.config.schedule, self.config.total_steps, self.config.optimizer.lr)
@@ -181,24 +183,18 @@ class Trainer:
             skipped += batch.tokens_skipped
             loss_sum = self._loss(batch)
             losses.append(loss_sum.detach())
+            totals += self._totals(loss_sum, batch)
             # A fixed divisor: the global gradient does not depend on how documents fall on ranks. NaN where the loss is not
             # finite: its gradient may be, and then only no rank makes the step when every rank's gradient is not.
             self.engine.backward(loss_sum / torch.where(losses[-1].isfinite(), loss_divisor(self.config), math.nan))
             self._fetch_ahead(micro_step, accumulation)
             if self.writing is not None:
                 self.writing.wait_for_copy()
+            if micro_step + 1 == accumulation:
+                figures = self._figures(totals, before, skipped, consumed)
             self.engine.step()
-            totals += self._totals(loss_sum, batch)
-        # Counts and the limbs go along as float64, which holds them exactly: one collective, one wait.
-        done = self.writing is None or self.writing.done
-        counts = torch.tensor([skipped, signals.received() is not None, done, *digest.to_limbs(consumed)], dtype=torch.float64)
-        elements = torch.zeros(self.processes.world_size, dtype=torch.float64, device=self.processes.device)
-        if self.sequence:
-            elements[self.processes.rank] = self.sequence.elements - before
-        taught = totals.new_zeros(1) if model.taught is None else model.taught.double()[None]
-        totals = torch.cat([totals, taught, elements, send(counts, self.processes.device)])
-        loss_sum, labels, lessons, *rest = all_reduce_sum(totals).tolist()
-        elements, (skipped, stop, done, *limbs) = rest[: len(elements)], rest[len(elements) :]
+        loss_sum, labels, lessons, *rest = figures.tolist()
+        elements, (skipped, stop, done, *limbs) = rest[: self.processes.world_size], rest[self.processes.world_size :]
         self.stopping, self.written = stop > 0, done == self.processes.world_size
         if skipped:
             self._agree_on_skipped(int(skipped))
@@ -216,6 +212,18 @@ class Trainer:
             "data_digest": digest.to_hex(self.digest), "tokens_skipped": self.stream.tokens_skipped,
         } | ({"sequence_load": load(elements, self.config.parallel.sequence)} if any(elements) else {}) | (
             {} if model.taught is None else {"teach_loss": lessons / (accumulation * self.processes.world_size)})  # fmt: skip
+
+    def _figures(self, totals: torch.Tensor, before: torch.Tensor | None, skipped: int, consumed: int) -> Readback:
+        """Sums over ranks: totals, the lessons, each rank's elements, tokens skipped, ranks asked to stop, ranks that have written
+        their checkpoint, limbs of the digest. Counts and limbs as float64, which holds them exactly: one collective for all."""
+        device, done = self.processes.device, self.writing is None or self.writing.done
+        counts = torch.tensor([skipped, signals.received() is not None, done, *digest.to_limbs(consumed)], dtype=torch.float64)
+        elements = torch.zeros(self.processes.world_size, dtype=torch.float64, device=device)
+        if self.sequence:
+            elements[self.processes.rank] = self.sequence.elements - before
+        taught = self.engine.module.taught
+        taught = totals.new_zeros(1) if taught is None else taught.double()[None]
+        return Readback(all_reduce_sum(torch.cat([totals, taught, elements, send(counts, device)])))
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
