@@ -17,20 +17,20 @@ _TAIL = struct.Struct("<qI")
 LIMB = 32  # bits: sums of limbs over up to 2^21 ranks are integers below 2^53, exact in float64
 
 
-def of_sample(
-    g: int, tokens: np.ndarray, last_label: int, starts: Sequence[int], dtype: np.dtype, ends: Sequence[int] = ()
-) -> int:
+def of_sample(g: int, tokens: memoryview | np.ndarray, last_label: int, starts: Sequence[int], ends: Sequence[int] = ()) -> int:
     """Digest of one sample: xxh3 (128 bits, g its seed) of all that the model sees of it.
 
-    tokens (seq_len,) are hashed as `dtype`, the last one's label and the starts (k,) of documents tell the other labels, if
-    documents are only cut at the ends of windows; else ends are the labels of each piece's last token.
+    tokens (seq_len,) are hashed as they are, so they must be of the index's dtype; the last one's label and the starts (k,) of
+    documents tell the other labels, if documents are only cut at the ends of windows; else ends are the labels of each piece's
+    last token.
     """
-    raw = (tokens if tokens.dtype is dtype else tokens.astype(dtype)).tobytes() + _TAIL.pack(last_label, len(starts))
+    hashed = xxhash.xxh3_128(tokens, g)
+    hashed.update(_TAIL.pack(last_label, len(starts)))
     if len(starts):
-        raw += struct.pack(f"<{len(starts)}I", *starts)
+        hashed.update(struct.pack(f"<{len(starts)}I", *starts))
     if len(ends):
-        raw += struct.pack(f"<{len(ends)}q", *ends)
-    return xxhash.xxh3_128_intdigest(raw, g)
+        hashed.update(struct.pack(f"<{len(ends)}q", *ends))
+    return hashed.intdigest()
 
 
 def to_limbs(digest: int) -> list[int]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_pipeline.files import replacing, sha256_of, write_atomically
 from data_pipeline.index import MEND, Index
-from data_pipeline.windows import IGNORE, Windows
+from data_pipeline.windows import Windows
 from serpent_scale.errors import UserError
 
 FORMAT = 1
@@ -118,43 +118,34 @@ class PackedWindows(Windows):
         self._pieces, self._first_piece = array, np.concatenate([[0], np.cumsum(fields["pieces"])])
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def read(self, k: int, line: np.ndarray, part: int = 0, parts: int = 1) -> tuple[list[int], list[int], list[int]]:
+    def read(
+        self, k: int, line: memoryview, part: int, parts: int, checked: set[int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """As `Windows.read`; a piece that begins inside a document and inside the window is among the starts too."""
-        epoch, window = divmod(k, self.n_windows)
-        order, begins = self._shard_order(epoch)
-        at = self._permuted(epoch, window)
+        at, order, begins = self._at(k)
         place = bisect_right(begins, at) - 1
-        opened = self._open(order[place])
+        opened = self._open(order[place], checked)
         lo = part * (self.seq_len // parts)
-        hi, starts, ends, labels, filled = lo + self.seq_len // parts, [], [], [], 0
-        line[-1] = self.index.eot_id
+        hi, starts, padding, filled, end = lo + self.seq_len // parts, [], [], 0, 0
         for document, first, tokens in self._plan(order[place], at - begins[place]):
             a, b = max(filled, lo), min(filled + tokens, hi)
             token, filled = first + a - filled, filled + tokens
             if a >= b:
                 continue
+            end = b - lo
             if opened is None:
-                starts.append(a - lo)
-                self._blank(line, a - lo, b - lo, ends, labels)
+                self._pad(line, a - lo, end, starts, padding)
                 self.tokens_skipped += b - a
                 continue
-            begin, stop = opened.begins[document : document + 2].tolist()
-            source = begin + int(opened.element[document]) + token
-            line[a - lo : b - lo] = opened.data[source : source + b - a]
             if a > lo or token == 0:
                 starts.append(a - lo)
-            ends.append(b - lo - 1)
-            labels.append(int(opened.data[source + b - a]) if token + b - a < stop - begin else IGNORE)
-        if filled < hi:
-            begin = max(filled, lo) - lo
-            starts.append(begin)
-            self._blank(line, begin, hi - lo, ends, labels)
-        return starts, ends, labels
-
-    def _blank(self, line: np.ndarray, begin: int, stop: int, ends: list[int], labels: list[int]) -> None:
-        line[begin:stop] = self.index.eot_id
-        ends += range(begin, stop)
-        labels += [IGNORE] * (stop - begin)
+            begin, stop = opened.begins[document : document + 2]
+            source = begin + opened.element[document] + token
+            end += token + b - a < stop - begin  # the label of the last one, where the document goes on
+            line[a - lo : end] = opened.data[source : source + end - (a - lo)]
+        if end < len(line):
+            self._pad(line, end, len(line), starts, padding)
+        return starts, padding
 
     def _plan(self, shard: int, window: int) -> list[list[int]]:
         """Pieces of a window of a shard: document of the shard, first token, tokens."""

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import sub
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,8 @@ class Batch:
 def _lengths(starts: list[int], seq_len: int) -> tuple[int, ...]:
     if not starts:
         return (seq_len,)
-    edges = [0, *(starts[1:] if starts[0] == 0 else starts), seq_len]
-    return tuple([b - a for a, b in zip(edges, edges[1:])])
+    edges = [*starts, seq_len] if starts[0] == 0 else [0, *starts, seq_len]
+    return tuple(map(sub, edges[1:], edges))
 
 
 class TokenStream:
@@ -118,49 +119,51 @@ class TokenStream:
 
     def sample(self, g: int) -> Sample:
         """Sample g >= 0."""
-        tokens, labels, rows, _ = self._read(g, 1)
-        return Sample(tokens[0], labels[0], np.array(rows[0], np.int64))
+        batch = self.batch(g, 1)
+        return Sample(batch.tokens[0].numpy(), batch.labels[0].numpy(), np.flatnonzero(batch.reset[0].numpy()))
 
     def batch(self, first: int, n: int) -> Batch:
         """Samples first, …, first + n - 1, which must be of one stage."""
-        before = sum(source.tokens_skipped for source in self.sources)
-        tokens, labels, rows, consumed = self._read(first, n)
-        reset, seq_len = np.zeros(tokens.shape, bool), tokens.shape[1]
-        flat = reset.reshape(-1)
-        for row, starts in enumerate(rows):
-            for start in starts:
-                flat[row * seq_len + start] = True
-        lengths = tuple([_lengths(starts, seq_len) for starts in rows])
-        tensors = map(torch.from_numpy, (tokens, labels, reset))
-        skipped = sum(source.tokens_skipped for source in self.sources) - before
-        return Batch(*tensors, lengths, samples=range(first, first + n), digest=consumed, tokens_skipped=skipped)
-
-    def _read(self, first: int, n: int) -> tuple[np.ndarray, np.ndarray, list[list[int]], int]:
-        """Tokens and labels (n, seq_len) int64 of samples first, …, their starts, and the sum of their digests."""
         if first < 0:
             raise ValueError(f"sample {first} is negative")
         stage = self.schedule.stage_of_sample(first)
         if n > 1 and self.schedule.stage_of_sample(first + n - 1) is not stage:
             raise ValueError(f"samples {first} to {first + n - 1} are of two stages")
-        seq_len, packed = stage.seq_len, self.packing != "cut"
-        # The index's dtype to the last: a quarter of the memory traffic.
-        lines, rows, total = np.empty((n, seq_len + 1), self.index.dtype), [], 0
-        changed, changes = [], []
-        for row, line in enumerate(lines):
+        seq_len, before, consumed = stage.seq_len, self._skipped_so_far(), 0
+        lines = np.empty((n, seq_len + 1), self.index.dtype)  # widened at the end: a quarter of the memory traffic
+        reset = np.zeros((n, seq_len), bool)
+        flat, resets = memoryview(lines.reshape(-1)), memoryview(reset.reshape(-1))
+        checked, lengths = [set() for _ in self.sources], []
+        unlearned = []  # places in the flattened labels, row after row
+        for row in range(n):
             window, part = stage.locate(first + row)
             source, window = self.mixture.locate(window)
-            starts, columns, values = self.sources[source].read(window, line, part, stage.parts)
-            last = values[-1] if columns and columns[-1] == seq_len - 1 else int(line[-1])
+            line = flat[row * (seq_len + 1) : (row + 1) * (seq_len + 1)]
+            starts, padding = self.sources[source].read(window, line, part, stage.parts, checked[source])
+            at, end, known = row * seq_len, (row + 1) * seq_len - 1, len(unlearned)
+            for start in starts:
+                if start:
+                    unlearned.append(at + start - 1)
+            for begin, stop in padding:
+                unlearned += range(at + begin, at + min(stop, seq_len))
             if starts and starts[-1] == seq_len:
                 starts.pop()
-            total += digest.of_sample(first + row, line[:-1], last, starts, self.index.dtype, values if packed else ())
-            if columns:
-                changed += [row * seq_len + column for column in columns]
-                changes += values
-            rows.append(starts)
+            for start in starts:
+                resets[at + start] = True
+            masked = unlearned[known:]
+            last = IGNORE if end in masked else line[-1]
+            ends = () if self.packing == "cut" else [IGNORE] * len({*masked} - {end}) + [last]
+            consumed += digest.of_sample(first + row, line[:-1], last, starts, ends)
+            lengths.append(_lengths(starts, seq_len))
         tokens, labels = (part.astype(np.int64, "C") for part in (lines[:, :-1], lines[:, 1:]))
-        labels.reshape(-1)[changed] = changes
-        return tokens, labels, rows, total % digest.MODULUS
+        flat = memoryview(labels.reshape(-1))
+        for at in unlearned:
+            flat[at] = IGNORE
+        return Batch(*map(torch.from_numpy, (tokens, labels, reset)), tuple(lengths), range(first, first + n),
+                     consumed % digest.MODULUS, self._skipped_so_far() - before)  # fmt: skip
+
+    def _skipped_so_far(self) -> int:
+        return sum([source.tokens_skipped for source in self.sources])
 
     @property
     def skipped(self) -> list[list[int]]:

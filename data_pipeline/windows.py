@@ -9,9 +9,8 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -23,28 +22,64 @@ from serpent_scale.errors import UserError
 IGNORE = -100  # label of a token whose successor is not to be learned
 OPEN_BYTES = 512 << 20  # of mapped shards and tables of their documents; those used last stay open
 MAX_SKIPPED = 32  # damaged shards: more is no accident, and their list is part of the state
-ASKED, TABLE = 256, 1 << 20  # calls after which a block's permutation is tabled, and the largest block for that
-FEW = 16  # pieces of documents up to which a copy each is faster than one gather
+ASKED, TABLE = 256, 1 << 20  # windows after which a block's permutation is tabled, and the largest block for that
 
 
 @dataclass(frozen=True, eq=False)
 class OpenShard:
     """A verified shard. data: its tar as tokens; begins (n_documents + 1,): where documents begin, in tokens of this shard;
-    element (n_documents,): token t of the shard, in document d, is data[t + element[d]]. size: what its file's size is now."""
+    element (n_documents,): token t of the shard, in document d, is data[t + element[d]]. size: what its file's size is now.
 
-    data: np.ndarray
-    begins: np.ndarray
-    element: np.ndarray
+    Views of memory: single items are read, and stretches of some hundred copied, in a fraction of the time that arrays take.
+    """
+
+    data: memoryview
+    begins: memoryview
+    element: memoryview
     size: Callable[[], int]
-
-    @cached_property
-    def views(self) -> tuple[memoryview, memoryview]:
-        """begins and element, of which single items are read in a tenth of the time that an array takes."""
-        return memoryview(self.begins), memoryview(self.element)
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + self.begins.nbytes + self.element.nbytes
+
+    def copy(self, first: int, last: int, line: memoryview, at: int, starts: list[int]) -> None:
+        """Copy tokens [first, last) of the shard to line[at:]; appends to starts where in line documents begin."""
+        data, begins, element = self.data, self.begins, self.element
+        document = bisect_right(begins, first)  # the next one
+        shift = element[document - 1]
+        if begins[document - 1] == first:
+            starts.append(at)
+        while (stop := begins[document]) < last:
+            end = at + stop - first
+            line[at:end] = data[first + shift : stop + shift]
+            starts.append(end)
+            first, at, shift = stop, end, element[document]
+            document += 1
+        line[at : at + last - first] = data[first + shift : last + shift]
+
+
+@dataclass(eq=False)
+class Block:
+    """Windows [first, stop) of an epoch, permuted among themselves. place: of the first one in its epoch's stored order; key: of
+    the permutation, and its table once it is worth one; order, begins: see `Windows._shard_order`."""
+
+    first: int
+    stop: int
+    place: int
+    key: int
+    order: list[int]
+    begins: list[int]
+    table: Sequence[int] | None = None
+    asked: int = 0
+
+    def permuted(self, i: int) -> int:
+        if self.table is not None:
+            return self.table[i]
+        self.asked += 1
+        n = self.stop - self.first
+        if self.asked > ASKED and n <= TABLE:
+            self.table = memoryview(permutation(n, self.key))
+        return permute(i, n, self.key)
 
 
 class Windows:
@@ -64,19 +99,8 @@ class Windows:
         self._unit = seq_len  # of which a window is so much
         self._verified: set[int] = set()
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
-        self._epoch: tuple[int, list[int], list[int]] | None = None
-        self._block = (-1, -1, 0, 0, 0)  # epoch, number, first window, windows, key
-        self._table, self._asked = None, 0  # of the block's permutation, once it is asked for often enough
-
-    def _at(self, k: int, part: int, length: int) -> tuple[int, list[int], list[int]]:
-        """(place of the first token in its epoch's line, `_shard_order`) of part `part` of window k, parts of `length` tokens."""
-        if k < 0:
-            raise ValueError(f"window {k} is negative")
-        epoch, window = divmod(k, self.n_windows)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._permute_shards(epoch)
-        _, order, begins = self._epoch
-        return self._permuted(epoch, window) * self.seq_len + part * length, order, begins
+        self._epoch: tuple[int, list[int], list[int]] = (-1, [], [])  # its number and `_shard_order`
+        self._block = Block(0, 0, 0, 0, [], [])
 
     def spans(self, k: int, part: int = 0, parts: int = 1) -> list[tuple[int, int, int]]:
         """Where part `part` of `parts` equal ones of window k and its label token lie: (shard, first, last) in tokens of the
@@ -85,51 +109,44 @@ class Windows:
         The cost does not depend on k, nor on what was read before; the first k of an epoch permutes the shards' numbers.
         """
         length = self.seq_len // parts
-        at, order, begins = self._at(k, part, length)
-        end = min(at + length + 1, begins[-1])
-        place, spans = bisect_right(begins, at) - 1, []
-        while at < end:
-            begin, stop = begins[place], min(end, begins[place + 1])
+        at, order, begins = self._at(k)
+        at += part * length
+        end, place, spans = at + length + 1, bisect_right(begins, at) - 1, []
+        while place < len(order):
+            begin, stop = begins[place], begins[place + 1]
+            if end <= stop:
+                spans.append((order[place], at - begin, end - begin))
+                break
             spans.append((order[place], at - begin, stop - begin))
             at, place = stop, place + 1
         return spans
 
-    def read(self, k: int, line: np.ndarray, part: int = 0, parts: int = 1) -> tuple[list[int], list[int], list[int]]:
+    def read(
+        self, k: int, line: memoryview, part: int, parts: int, checked: set[int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Write part `part` of window k and its label token into line (seq_len / parts + 1,), of the index's dtype.
 
-        Returns ascending starts of documents, the padding of an epoch's last window being one, up to the label token's
-        place; and ascending positions t whose label is not line[t + 1], with those labels. `tokens_skipped` counts.
+        Returns where documents start, ascending, up to the label token's place, and stretches [begin, stop) of line that hold
+        padding, each among the starts too. `tokens_skipped` counts. checked: shards of which it was seen, shortly before, that
+        their files are whole; those read are added.
         """
-        size = len(line)
-        at, order, begins = self._at(k, part, size - 1)
-        place = bisect_right(begins, at) - 1
-        if place < len(order) and at + size <= begins[place + 1]:  # as nearly all are: in one shard
-            opened = self._open(order[place])
-            if opened is not None:
-                first, starts = at - begins[place], []
-                _copy(opened, first, first + size, line, 0, starts)
-                ends = [start - 1 for start in starts if start]
-                return starts, ends, [IGNORE] * len(ends)
-        starts, blank, at = [], [], 0
+        starts, padding, at, size = [], [], 0, len(line)
         for shard, first, last in self.spans(k, part, parts):
-            opened, after = self._open(shard), at + last - first
+            opened, after = self._open(shard, checked), at + last - first
             if opened is None:
-                blank.append((at, after))
+                self._pad(line, at, after, starts, padding)
                 self.tokens_skipped += min(after, size - 1) - at
             else:
-                _copy(opened, first, last, line[at:after], at, starts)
+                opened.copy(first, last, line, at, starts)
             at = after
-        if at < size:  # the epoch ends in or right after this: what follows is padding
-            blank.append((at, size))
-        ends = [start - 1 for start in starts if start]
-        if blank:
-            for begin, stop in blank:
-                line[begin:stop] = self.index.eot_id
-                starts.append(begin)
-                ends += range(max(begin - 1, 0), min(stop, size - 1))
-            starts.sort()
-            ends = sorted(set(ends))
-        return starts, ends, [IGNORE] * len(ends)
+        if at < size:  # the epoch ends in or right after this
+            self._pad(line, at, size, starts, padding)
+        return starts, padding
+
+    def _pad(self, line: memoryview, begin: int, stop: int, starts: list[int], padding: list[tuple[int, int]]) -> None:
+        np.asarray(line)[begin:stop] = self.index.eot_id
+        starts.append(begin)
+        padding.append((begin, stop))
 
     def skip(self, shards: Iterable[int]) -> None:
         """Treat these shards as damaged. Raises UserError when they are too many."""
@@ -139,22 +156,26 @@ class Windows:
         if len(self.skipped) > MAX_SKIPPED:
             raise UserError(f"{self.index.folder}: more than {MAX_SKIPPED} shards are damaged; restore the data")
 
-    def _permuted(self, epoch: int, window: int) -> int:
+    def _at(self, k: int) -> tuple[int, list[int], list[int]]:
+        """Where window k begins in the line of its epoch, and that epoch's `_shard_order`."""
+        block = self._block
+        if not block.first <= k < block.stop:
+            block = self._block = self._block_of(k)
+        return (block.place + block.permuted(k - block.first)) * self._unit, block.order, block.begins
+
+    def _block_of(self, k: int) -> Block:
+        if k < 0:
+            raise ValueError(f"window {k} is negative")
+        epoch, window = divmod(k, self.n_windows)
+        order, begins = self._shard_order(epoch)
         if self.seed is None:
-            return window
-        block, number = self._block, window // self.shuffle_block
-        if block[1] != number or block[0] != epoch:
-            begin = number * self.shuffle_block
-            size = min(self.shuffle_block, self.n_windows - begin)
-            self._block = epoch, number, begin, size, derive_key("windows", self.seed, epoch, number)
-            self._table, self._asked = None, 0
-            if self.index.remote is not None:
-                self._prefetch(epoch, number)
-        _, _, begin, size, key = self._block
-        self._asked += 1
-        if self._asked > ASKED and self._table is None and size <= TABLE:
-            self._table = memoryview(permutation(size, key))
-        return begin + (permute(window - begin, size, key) if self._table is None else self._table[window - begin])
+            return Block(k - window, k - window + self.n_windows, 0, 0, order, begins, range(self.n_windows))
+        number = window // self.shuffle_block
+        place = number * self.shuffle_block
+        first, size = k - window + place, min(self.shuffle_block, self.n_windows - place)
+        if self.index.remote is not None:
+            self._prefetch(epoch, number)
+        return Block(first, first + size, place, derive_key("windows", self.seed, epoch, number), order, begins)
 
     def _prefetch(self, epoch: int, number: int) -> None:
         """Ask for the shards of this block and the next one, as far as they fill half the cache."""
@@ -176,21 +197,21 @@ class Windows:
 
     def _shard_order(self, epoch: int) -> tuple[list[int], list[int]]:
         """Shards in the order of an epoch (n,), and where each begins in its line of tokens (n + 1,)."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._permute_shards(epoch)
+        if self._epoch[0] != epoch:
+            n = len(self.index.shards)
+            order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
+            self._epoch = epoch, order.tolist(), [0, *np.cumsum(self._line[order]).tolist()]
         return self._epoch[1:]
 
-    def _permute_shards(self, epoch: int) -> None:
-        n = len(self.index.shards)
-        order = np.arange(n) if self.seed is None else permutation(n, derive_key("shards", self.seed, epoch))
-        self._epoch = epoch, order.tolist(), [0, *np.cumsum(self._line[order]).tolist()]
-
-    def _open(self, shard: int) -> OpenShard | None:
+    def _open(self, shard: int, checked: set[int]) -> OpenShard | None:
         """None: it is to be skipped."""
-        if shard in self._opened:
+        opened = self._opened.get(shard)
+        if opened is not None:
+            if shard in checked:
+                return opened
             # Reading past the end of a file cut since it was mapped would end the process by SIGBUS, without a word.
-            opened = self._opened[shard]
             if opened.size() == opened.data.nbytes:
+                checked.add(shard)
                 self._opened.move_to_end(shard)
                 return opened
             del self._opened[shard]
@@ -209,30 +230,9 @@ class Windows:
         self._verified.add(shard)
         documents = self.index.rows(shard)
         begins = np.concatenate([[0], np.cumsum(documents[:, 2])])
-        opened = OpenShard(data, begins, documents[:, 1] // self.index.dtype.itemsize - begins[:-1], mapped_size(data))
+        element = documents[:, 1] // self.index.dtype.itemsize - begins[:-1]
+        opened = OpenShard(*map(memoryview, (data, begins, element)), mapped_size(data))
         self._opened[shard] = opened
         while len(self._opened) > 1 and sum(other.nbytes for other in self._opened.values()) > OPEN_BYTES:
             self._opened.popitem(last=False)
         return opened
-
-
-def _copy(opened: OpenShard, first: int, last: int, out: np.ndarray, at: int, starts: list[int]) -> None:
-    """Copy tokens [first, last) of a shard to out; appends to starts where documents begin, `at` being where out begins."""
-    begins, element = opened.views
-    document = bisect_right(begins, first) - 1
-    if begins[document] == first:
-        starts.append(at)
-    many = document + FEW + 1
-    if many < len(begins) and begins[many] < last:
-        end = int(opened.begins.searchsorted(last))
-        inside = opened.begins[document + 1 : end]
-        starts += (inside + (at - first)).tolist()
-        lengths = np.diff(inside, prepend=first, append=last)
-        out[:] = opened.data[np.arange(first, last) + np.repeat(opened.element[document:end], lengths)]
-        return
-    begin = first
-    while (stop := begins[document + 1]) < last:
-        out[begin - first : stop - first] = opened.data[begin + element[document] : stop + element[document]]
-        starts.append(at + stop - first)
-        begin, document = stop, document + 1
-    out[begin - first :] = opened.data[begin + element[document] : last + element[document]]

@@ -125,7 +125,6 @@ def test_a_run_killed_a_hundred_times_on_changing_ranks_reads_every_token_once(d
 def test_shards_that_do_not_fit_are_opened_again_and_hashed_once(data, monkeypatch):
     roomy, hashed = open_stream(data), []
     monkeypatch.setattr(windows, "OPEN_BYTES", 0)
-    monkeypatch.setattr(windows, "FEW", 1)  # the other way of copying
     verify = data_index.verify_shard
     monkeypatch.setattr(data_index, "verify_shard", lambda index, number, path: hashed.append(number) or verify(index, number))
     tight = open_stream(data)
@@ -137,18 +136,16 @@ def test_shards_that_do_not_fit_are_opened_again_and_hashed_once(data, monkeypat
 def test_the_digest_knows_every_change_of_a_sample(data):
     stream = open_stream(data)
     good = stream.sample(7)
-    number = digest.of_sample(7, good.tokens, int(good.labels[-1]), good.starts, stream.index.dtype)
+    tokens, label, starts = good.tokens.astype(stream.index.dtype), int(good.labels[-1]), good.starts
+    number = digest.of_sample(7, tokens, label, starts)
     assert number == naive_digest(7, good) == stream.batch(7, 1).digest
-    other = [good.tokens.copy() for _ in range(2)]
+    other = [tokens.copy() for _ in range(2)]
     other[0][3] += 1
     other[1][[2, 3]] = other[1][[3, 2]]
-    label, starts, dtype = int(good.labels[-1]), good.starts, stream.index.dtype
     assert label != -100
-    changed = [digest.of_sample(7, tokens, label, starts, dtype) for tokens in other]
-    changed += [digest.of_sample(8, good.tokens, label, starts, dtype),
-                digest.of_sample(7, good.tokens, label + 1, starts, dtype),
-                digest.of_sample(7, good.tokens, -100, starts, dtype),
-                digest.of_sample(7, good.tokens, label, np.append(starts, 7), dtype)]  # fmt: skip
+    changed = [digest.of_sample(7, tokens, label, starts) for tokens in other]
+    changed += [digest.of_sample(8, tokens, label, starts), digest.of_sample(7, tokens, label + 1, starts),
+                digest.of_sample(7, tokens, -100, starts), digest.of_sample(7, tokens, label, np.append(starts, 7))]  # fmt: skip
     assert len({number, *changed}) == 7
     numbers = [stream.batch(g, 1).digest for g in range(10)]
     assert stream.batch(0, 10).digest == sum(numbers) % 2**128

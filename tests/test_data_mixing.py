@@ -2,11 +2,13 @@
 import json
 import math
 import random
+import struct
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from data_pipeline import digest, packing
 from data_pipeline.index import load_index
@@ -147,18 +149,21 @@ def test_best_fit_is_the_slow_one():
 
 
 def by_hand(index, pieces, documents, size):
-    """(tokens, labels, starts) of each window of a shard's plan, token by token."""
-    windows = [([], [], []) for _ in range(pieces[-1][0] + 1)]
+    """(tokens, labels, starts) of each window of a shard's plan, token by token, and labels that only its digest tells: of the
+    pieces' last tokens and of padding."""
+    windows = [([], [], [], []) for _ in range(pieces[-1][0] + 1)]
     for window, document, first, n in pieces:
-        tokens, labels, starts = windows[window]
+        tokens, labels, starts, ends = windows[window]
         if tokens or first == 0:
             starts.append(len(tokens))
         for t in range(first, first + n):
             tokens.append(documents[document][t])
             labels.append(documents[document][t + 1] if t + 1 < len(documents[document]) else IGNORE)
-    for tokens, labels, starts in windows:
+        ends.append(labels[-1])
+    for tokens, labels, starts, ends in windows:
         if len(tokens) < size:
             starts.append(len(tokens))
+        ends += [IGNORE] * (size - len(tokens))
         labels += [IGNORE] * (size - len(tokens))
         tokens += [index.eot_id] * (size - len(tokens))
     return windows
@@ -175,7 +180,13 @@ def test_packed_windows_against_the_plan_by_hand(data):
         expected += by_hand(index, pieces, [document.tolist() for document in read[first:last]], SEQ_LEN)
     for epoch in (0, 1):
         samples = [stream.sample(epoch * stream.n_windows + w) for w in range(stream.n_windows)]
-        assert sorted((s.tokens.tolist(), s.labels.tolist(), s.starts.tolist()) for s in samples) == sorted(expected)
+        assert sorted((s.tokens.tolist(), s.labels.tolist(), s.starts.tolist()) for s in samples) == sorted(
+            window[:3] for window in expected
+        )
+    for g in range(stream.n_windows):
+        tokens, labels, starts, ends = next(w for w in expected if w[0] == stream.sample(g).tokens.tolist())
+        text = struct.pack(f"<{SEQ_LEN}HqI", *tokens, labels[-1], len(starts)) + struct.pack(f"<{len(starts)}I", *starts)
+        assert stream.batch(g, 1).digest == xxhash.xxh3_128_intdigest(text + struct.pack(f"<{len(ends)}q", *ends), g)
     assert sum(sample.n_labels for sample in samples) == index.tokens - index.n_documents  # each is learned
     short = TokenStream(data / "a", "train", SEQ_LEN, 7, 20, packing="best_fit", stages=[(10**6, 4, 4)])
     for g in (0, 1, 1023, 1024, 1500):
@@ -183,7 +194,7 @@ def test_packed_windows_against_the_plan_by_hand(data):
         assert short.sample(g).labels.tolist() == stream.sample(window).labels[4 * part : 4 * part + 4].tolist()
         assert short.sample(g).tokens.tolist() == stream.sample(window).tokens[4 * part : 4 * part + 4].tolist()
     sample = samples[0]
-    numbers = {digest.of_sample(0, sample.tokens, 5, sample.starts.tolist(), index.dtype, ends) for ends in ([3, 5], [4, 5], ())}
+    numbers = {digest.of_sample(0, sample.tokens, 5, sample.starts, ends) for ends in ([3, 5], [4, 5], ())}
     assert len(numbers) == 3
 
 

@@ -64,10 +64,8 @@ def as_lists(sample):
     return sample.tokens.tolist(), sample.labels.tolist(), sample.starts.tolist()
 
 
-@pytest.mark.parametrize("few", [0, 16])  # both ways of copying
 @pytest.mark.parametrize("seq_len", [2, 7, 64, 72, 1367, 1368, 5000])  # of 1368 tokens
-def test_stored_order_is_the_naive_reconstruction(data, seq_len, few, monkeypatch):
-    monkeypatch.setattr("data_pipeline.windows.FEW", few)
+def test_stored_order_is_the_naive_reconstruction(data, seq_len):
     stream = TokenStream.ordered(data, "train", seq_len)
     assert stream.index.tokens == sum(LENGTHS) + 2 * len(LENGTHS) == 1368 and len(stream.index.shards) > 4
     expected = naive_epoch(data, stream, 0)
