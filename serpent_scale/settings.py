@@ -223,7 +223,7 @@ class TrainingConfig:
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", ge=0)
     activation_checkpointing: bool = setting(False, "recompute each block in the backward pass")
     cuda_graphs: bool = setting(True, "replay a GPU's passes as CUDA graphs; not with ZeRO-3 or activation checkpointing")
-    deterministic: bool = setting(False, "torch's operations repeat to the bit, some slower; our kernels always do")
+    deterministic: bool = setting(False, "torch's operations repeat to the bit too, some slower; our Triton kernels always do")
     max_bad_steps: int = setting(5, "stop after this many steps in a row with a non-finite loss or gradient", ge=1)
     spike_zscore: Optional[float] = setting(None, "robust z-score of a loss that makes the run go back; null: none does", gt=0)
     max_rollbacks: int = setting(3, "go back to the last checkpoint after a loss spike at most this often", ge=0)
