@@ -12,7 +12,7 @@ from ..launch import launch
 from ..sums import add_rows
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-CHUNK = tl.constexpr(4)  # at least W-1: a loop that carries a row past one turn is not pipelined
+CHUNK = tl.constexpr(4)  # divides the tokens of a walk
 FILLING_WARPS = 2112  # 16 on each multiprocessor of an H200
 
 
@@ -112,7 +112,7 @@ def _halo_slot_kept(since_reset, last, b, length, lag):
 def _conv1d_forward(
     x, weight, bias, since_reset, halo, n_live, y, halo_out, x_b, x_l, length, d_inner, n_segments,
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, WALKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     b, segment, start, d, inside = _place(d_inner, n_segments, WALKS, STEPS, BLOCK_D)
     taps, bias_d = _taps_and_bias(weight, bias, d, inside, d_inner, BLOCK_D, WIDTH, WIDTH_2)
@@ -124,7 +124,7 @@ def _conv1d_forward(
         older = older + (_token(walk, halo, -k, b, start, d, inside, x_l, length, d_inner, WIDTH).to(tl.float32),)
     if AHEAD:
         new, since = _chunk(walk, since_reset, 0, 1, b, start, d, inside, x_l, length, d_inner, RESET, WIDTH)
-    for i in tl.range(0, STEPS, CHUNK, num_stages=STAGES):
+    for i in tl.range(0, STEPS, CHUNK, num_stages=1):
         if AHEAD:  # asked for while this chunk is worked on; past the walk's end there is none
             more = inside & (i + CHUNK < STEPS)
             next_new, next_since = _chunk(walk, since_reset, i + CHUNK, 1, b, start, d, more, x_l, length, d_inner, RESET, WIDTH)
@@ -193,7 +193,7 @@ def _old_chunk(x_walk, halo, i, b, start, d, inside, stride, length, d_inner, WI
 def _walk_back(
     gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias, b, start, d, inside,
     gy_l, x_l, gx_l, length, d_inner,
-    RESET: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    RESET: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
 ):
     """Gradients of the weight's columns and of the bias, and what was sent to the tokens before start; stores grad_x."""
     nothing = tl.zeros_like(start).to(tl.float32) + tl.zeros_like(bias)
@@ -213,7 +213,7 @@ def _walk_back(
     if AHEAD:
         gy, since = _chunk(gy_walk, since_reset, STEPS - 1, -1, b, start, d, inside, gy_l, length, d_inner, RESET, WIDTH)
         old = _old_chunk(x_walk, halo, STEPS - WIDTH, b, start, d, inside, x_l, length, d_inner, WIDTH)
-    for done in tl.range(0, STEPS, CHUNK, num_stages=STAGES):
+    for done in tl.range(0, STEPS, CHUNK, num_stages=1):
         at = STEPS - 1 - done
         if AHEAD:
             more = inside & (done + CHUNK < STEPS)
@@ -245,7 +245,7 @@ def _conv1d_backward(
     grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, grad_x, grad_halo, partial,
     gy_b, gy_l, x_b, x_l, gx_b, gx_l, length, d_inner, n_segments,
     WIDTH: tl.constexpr, WIDTH_2: tl.constexpr, WALKS: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     b, segment, start, d, inside = _place(d_inner, n_segments, WALKS, STEPS, BLOCK_D)
     taps, bias_d = _taps_and_bias(weight, bias, d, inside, d_inner, BLOCK_D, WIDTH, WIDTH_2)
@@ -255,7 +255,7 @@ def _conv1d_backward(
     if since_reset is None:
         grad_w, grad_b, sent = _walk_back(
             gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias_d, b, start, d, inside,
-            gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, STAGES, AHEAD,
+            gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, AHEAD,
         )
     else:  # most segments lie inside one document and need no masks
         t = segment * WALKS * STEPS + tl.arange(0, WALKS * STEPS)
@@ -265,12 +265,12 @@ def _conv1d_backward(
         if tl.min(least, 0) >= WIDTH - 1:
             grad_w, grad_b, sent = _walk_back(
                 gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias_d, b, start, d, inside,
-                gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, STAGES, AHEAD,
+                gy_l, x_l, gx_l, length, d_inner, False, WIDTH, STEPS, AHEAD,
             )
         else:
             grad_w, grad_b, sent = _walk_back(
                 gy_walk, x_walk, gx_walk, grad_halo_out, since_reset, halo, n_live, taps, bias_d, b, start, d, inside,
-                gy_l, x_l, gx_l, length, d_inner, True, WIDTH, STEPS, 1, AHEAD,
+                gy_l, x_l, gx_l, length, d_inner, True, WIDTH, STEPS, AHEAD,
             )
     if grad_halo is not None:
         for k in tl.static_range(WIDTH - 1):
@@ -309,13 +309,13 @@ def _launch(x: Tensor, width: int, walks: int, block: int | None, steps: int | N
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, since_reset: Tensor | None = None, halo: Tensor | None = None,
-    n_live: Tensor | None = None, *, walks: int = 1, block: int | None = 128, steps: int | None = None, stages: int = 1,
+    n_live: Tensor | None = None, *, walks: int = 1, block: int | None = 128, steps: int | None = None,
     registers: int | None = 64, ahead: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y and the halo out as `causal_conv1d` returns them, without autograd. x may be strided, its last dimension dense.
 
-    A program walks `walks` stretches of `steps` tokens, powers of two, over `block` channels, loading `stages` - 1 chunks ahead into
-    shared memory, or one into registers (`ahead`); registers: at most these per thread, so that more warps fit.
+    A program walks `walks` stretches of `steps` tokens, powers of two, over `block` channels. ahead: it loads one chunk ahead,
+    into registers; registers: at most these per thread, so that more warps fit.
     """
     x = _rows(x)
     weight, bias, since_reset, halo, n_live = _dense(weight, bias, since_reset, halo, n_live)
@@ -327,7 +327,7 @@ def forward(
     launch(
         _conv1d_forward, (programs,),
         x, weight, bias, since_reset, halo, n_live, y, halo_out, x.stride(0), x.stride(1), length, d_inner, segments,
-        STAGES=stages, AHEAD=ahead, maxnreg=registers, **constants,
+        AHEAD=ahead, maxnreg=registers, **constants,
     )
     return y, halo_out
 
@@ -335,13 +335,13 @@ def forward(
 def backward(
     grad_y: Tensor, grad_halo_out: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor,
     since_reset: Tensor | None = None, halo: Tensor | None = None, n_live: Tensor | None = None, out: Tensor | None = None,
-    *, walks: int = 1, block: int | None = 128, steps: int | None = None, stages: int = 1, registers: int | None = 128,
+    *, walks: int = 1, block: int | None = 128, steps: int | None = None, registers: int | None = 128,
     ahead: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients to x, weight, bias and halo (None if there is none) of the gradients to the two outputs of `forward`.
 
     grad_halo_out may be None. x, grad_y and out (B, L, D) may be strided, their last dimension dense; grad_x is written to
-    out if given. walks, block, steps, stages, registers, ahead as in `forward`.
+    out if given. walks, block, steps, registers, ahead as in `forward`.
     """
     x, grad_y = _rows(x), _rows(grad_y)
     weight, bias, since_reset, halo, n_live, grad_halo_out = _dense(weight, bias, since_reset, halo, n_live, grad_halo_out)
@@ -355,7 +355,7 @@ def backward(
         _conv1d_backward, (programs,),
         grad_y, grad_halo_out, x, weight, bias, since_reset, halo, n_live, grad_x, grad_halo, partial,
         grad_y.stride(0), grad_y.stride(1), x.stride(0), x.stride(1), grad_x.stride(0), grad_x.stride(1),
-        length, d_inner, segments, STAGES=stages, AHEAD=ahead, maxnreg=registers, **constants,
+        length, d_inner, segments, AHEAD=ahead, maxnreg=registers, **constants,
     )
     sums = add_rows(partial)
     grad_weight, grad_bias = sums[: width * d_inner].view(d_inner, width), sums[width * d_inner :]
