@@ -269,7 +269,7 @@ def test_refusals(saved, tmp_path):
     assert "parameter A_log is [6, 3] in it and [7, 3] in this model" in wide
     assert "other parameters are tied" in tied and "format 1, not 2" in old and "is absent in it" in fewer
     full, unwritable, small = rest[:2], *rest[2:]
-    assert all("checkpoint cannot be written" in message and "free space" in message for message in full)
+    assert all("cannot be written" in message and "free space there or set run.folder" in message for message in full)
     assert "a file" in unwritable and "cannot be written" in unwritable
     assert "0.02 GB free, a checkpoint needs 0.02 GB" in small
 

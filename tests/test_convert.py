@@ -1,19 +1,22 @@
 """launch/convert.py: models of other projects continued and evaluated here, ours in transformers, and what is refused."""
+import errno
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 from transformers import MambaConfig as TheirMambaConfig
 
 from serpent_scale.checkpoint import layouts, store
-from serpent_scale.config import Mamba2Config, MambaConfig, ModelConfig, SerpentConfig
+from serpent_scale.config import Mamba2Config, MambaConfig, ModelConfig, SerpentConfig, parse_config
 from serpent_scale.errors import UserError
 from serpent_scale.evaluation.loading import load_checkpoint
 from serpent_scale.model.language_model import LanguageModel
@@ -169,6 +172,26 @@ def test_without_a_tokenizer_it_says_so_and_what_is_there_is_kept(workplace, tmp
             convert("import", source, "--out", tmp_path / ("out" if source == bare else "twice"))
         assert words in capsys.readouterr().err
     assert (tmp_path / "out/manifest.json").read_bytes() == before and not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors"),
+                                   SafetensorError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize("layout", ["mamba_ssm", "transformers"])
+def test_a_full_disk_is_no_matter_of_a_run(tmp_path, monkeypatch, capsys, layout, error):
+    model = small(["mamba"])
+    config = parse_config({"model": asdict(model.config), "training": {"max_steps": 1}, "schedule": {"warmup_steps": 0}})
+    store.save_parameters(tmp_path / "model", model.state_dict(), {"config.yaml": config.to_yaml()})
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.save", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(SystemExit) as end:
+        convert("export", tmp_path / "model", "--out", tmp_path / "out", "--layout", layout)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "No space left on device" in said and "run.folder" not in said, said
+    assert said.endswith("free space there or name another folder\n") and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 # Refusals.

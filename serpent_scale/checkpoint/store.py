@@ -252,7 +252,7 @@ def new_folder(folder: Path):
     if folder.exists():
         raise UserError(f"{folder}: is there already; name another folder, or remove this one")
     staging = folder.with_name(folder.name + ".partial")
-    with _cannot_write(folder):
+    with _cannot_write(folder, "name another folder"):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
@@ -449,11 +449,10 @@ def _prune(checkpoints: Path, step: int, keep_last: int, keep_every: int | None,
 
 
 @contextlib.contextmanager
-def _cannot_write(folder: Path):
+def _cannot_write(folder: Path, mend: str = "set run.folder to another disk"):
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder}: checkpoint cannot be written ({error.strerror or error}); "
-            "free space there or set run.folder to another disk"
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free space there or {mend}"
         ) from error
