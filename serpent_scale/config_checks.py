@@ -137,9 +137,6 @@ def _check_sources(sources: list[SourceConfig]) -> None:
 
 def _check_stages(config: Config) -> None:
     training, full = config.training, config.data.seq_len
-    if training.stages and training.spike_zscore is not None:
-        raise UserError("training.spike_zscore cannot be set with training.stages, which the samples it leaves out would move; "
-                        "set it to null")  # fmt: skip
     for number, stage in enumerate(training.stages):
         path, length, batch = f"training.stages[{number}]", stage.seq_len or full, stage.global_batch or training.global_batch
         if full % length:

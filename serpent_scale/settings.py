@@ -225,7 +225,7 @@ class TrainingConfig:
     cuda_graphs: bool = setting(True, "replay a GPU's passes as CUDA graphs; not with ZeRO-3 or activation checkpointing")
     deterministic: bool = setting(False, "torch's operations repeat to the bit too, some slower; our Triton kernels always do")
     max_bad_steps: int = setting(5, "stop after this many steps in a row with a non-finite loss or gradient", ge=1)
-    spike_zscore: Optional[float] = setting(None, "robust z-score of a loss that makes the run go back; null: none does", gt=0)
+    spike_zscore: Optional[float] = setting(None, "robust z-score of a loss past the stages, to go back at; null: never", gt=0)
     max_rollbacks: int = setting(3, "go back to the last checkpoint after a loss spike at most this often", ge=0)
     check_replicas: int = setting(100, "steps between comparisons of the ranks' parameters, bit by bit; 0: never", ge=0)
     hang_timeout: float = setting(1800.0, "seconds without progress until all ranks print their stacks and leave; 0: never", ge=0)

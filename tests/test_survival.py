@@ -1,5 +1,6 @@
 """What a run meets and outlives: signals, steps that go wrong, replicas that drift, a full disk."""
 import contextlib
+import io
 import json
 import math
 import os
@@ -184,7 +185,8 @@ def spike(processes, config, samples: range) -> bool:
 def test_a_spike_rolls_back_and_skips_its_samples(data, tmp_path, monkeypatch):
     monkeypatch.setattr(badsteps, "WINDOW", 8)
     settings = dict(checkpoint={"every": 4}, evaluation={"every": 0, "max_windows": 8})
-    training = {"max_steps": 12, "global_batch": 8, "micro_batch": 2, "spike_zscore": 8.0, "max_rollbacks": 1}
+    training = {"max_steps": 12, "global_batch": 8, "micro_batch": 2, "spike_zscore": 8.0, "max_rollbacks": 1,
+                "stages": [{"steps": 4, "seq_len": 16}]}
     config = run_config(data, tmp_path, training=training, **settings)
     run_ranks(2, small_window, config, range(72, 80))  # step 10
     back = [line for line in history(config) if line["kind"] == "rollback"]
@@ -201,6 +203,22 @@ def test_a_spike_rolls_back_and_skips_its_samples(data, tmp_path, monkeypatch):
     run_ranks(2, small_window, config, range(120, 128))
     assert len([line for line in history(config) if line["kind"] == "rollback"]) == 1
     assert lines(config)["train", 14] > 8
+
+
+@pytest.mark.parametrize("samples", [range(72, 80), range(128, 136)], ids=["in them", "since"])
+def test_a_spike_in_stages_or_with_no_checkpoint_since_moves_no_sample(data, tmp_path, samples):
+    training = {"max_steps": 17, "global_batch": 8, "micro_batch": 2, "spike_zscore": 8.0,
+                "stages": [{"steps": 6, "seq_len": 16}, {"steps": 6, "seq_len": 8}]}
+    config = run_config(data, tmp_path, training=training, checkpoint={"every": 10}, evaluation={"every": 0, "max_windows": 8})
+    (said,) = run_ranks(1, warnings_of, config, samples)
+    assert sorted(lines(config)) == [("evaluation", 17)] + [("train", step) for step in range(1, 18)]
+    assert ("is a spike; there is no checkpoint since training.stages ended" in said) == (samples == range(128, 136)), said
+
+
+def warnings_of(processes, config, samples: range) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert small_window(processes, config, samples)
+    return said.getvalue()
 
 
 def small_window(processes, config, samples: range) -> bool:

@@ -152,7 +152,7 @@ class Trainer:
             self.evaluation_due = self.step >= last or bool(config.evaluation.every and self.step % config.evaluation.every == 0)
             if config.training.check_replicas and self.step % config.training.check_replicas == 0:
                 check_replicas(self.engine.module, self.step)
-            if self.spikes.is_spike(values["loss"]):
+            if self.step > self.samples.stages[-1].step and self.spikes.is_spike(values["loss"]):
                 self._roll_back(values["loss"])
         if self.metrics:
             self.metrics.close()
@@ -311,9 +311,13 @@ class Trainer:
         """After a loss spike: the last checkpoint again, without the samples from there to here."""
         self._finish_writing()
         path = on_rank_zero(lambda: newest_checkpoint(self.checkpoints)[0])
+        if path is not None and int(path.name[5:]) < self.samples.stages[-1].step:
+            path = None  # samples left out from there on would move the stages' ends
         if path is None or self.rollbacks >= self.config.training.max_rollbacks:
             if self.processes.rank == 0:
-                why = "there is no checkpoint" if path is None else f"training.max_rollbacks={self.rollbacks} are used up"
+                why = f"training.max_rollbacks={self.rollbacks} are used up"
+                if path is None:
+                    why = "there is no checkpoint" + " since training.stages ended" * bool(self.config.training.stages)
                 print(f"warning: step {self.step}: loss {loss:.4f} is a spike; {why}", file=sys.stderr, flush=True)
             return
         spike, score, to, rollbacks = self.step, self.spikes.score(loss), self._next_sample(), self.rollbacks + 1
