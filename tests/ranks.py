@@ -1,11 +1,15 @@
 """Real ranks for tests: processes that join over gloo on the CPU, with a limit on their time.
 
-They are forked from one server that has imported torch and DeepSpeed: a group of two starts in a fraction of a second.
+They are forked from one server that has imported torch and DeepSpeed: a group of two starts in a fraction of a second. So does a
+process of an entry point.
 """
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +21,7 @@ from serpent_scale.parallel.ports import free_port
 
 # For the server and all ranks, whatever the machine has. Before anything imports DeepSpeed.
 os.environ["DS_ACCELERATOR"] = "cpu"
+ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
     "torch", "deepspeed", "serpent_scale.training.trainer",
@@ -62,6 +67,31 @@ class Group:
 def run_ranks(world_size: int, function, *args, timeout: float = 120) -> list:
     """`function(processes, *args)` on each of `world_size` ranks; what each returned."""
     return Group(world_size, function, *args).join(timeout)
+
+
+def run_script(script: str | Path, *arguments, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    """What `python SCRIPT ARGUMENTS`, begun in the project's folder, leaves: returncode, stdout, stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(script), *map(str, arguments)]
+        process = CONTEXT.Process(target=_script, args=(folder, command, environment), daemon=True)
+        process.start()
+        process.join(timeout)
+        late = process.is_alive()
+        process.kill()
+        process.join()
+        out, err = (Path(folder, name).read_text() for name in ("out", "err"))
+    assert not late, f"{command} still runs after {timeout} s: {out[-2000:]} {err[-2000:]}"
+    return subprocess.CompletedProcess(command, process.exitcode, out, err)
+
+
+def _script(folder: str, command: list[str], environment: dict[str, str]) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _rank(rank: int, world_size: int, port: int, results: str, function, args) -> None:

@@ -14,7 +14,10 @@ import pytest
 
 from data_pipeline import digest
 from data_pipeline.stream import TokenStream
+from ranks import run_ranks, run_script
+from runs import train
 from serpent_scale.checkpoint import manifest
+from serpent_scale.config import load_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -56,10 +59,9 @@ def environment():
     return env
 
 
-def launch(script, *arguments, timeout=240):
+def launch(script, *arguments):
     """One process of an entry point."""
-    return subprocess.run([sys.executable, f"launch/{script}", *arguments], cwd=ROOT, env=environment(), capture_output=True,
-                          text=True, timeout=timeout)
+    return run_script(ROOT / "launch" / script, *arguments)
 
 
 def deepspeed(port, *arguments):
@@ -88,7 +90,7 @@ def digests(run):
 
 def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(workplace):
     whole, broken = config(workplace, "whole"), config(workplace, "broken")
-    finish(deepspeed(29611, "--config", whole))
+    assert run_ranks(2, train, load_config(whole)) == [True, True]
     victim = deepspeed(29612, "--config", broken)
     metrics, deadline = workplace / "broken" / "run" / "metrics.jsonl", time.time() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") > 15):  # past the checkpoint at step 10
@@ -188,11 +190,13 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(workplace):
         assert refused.returncode == 2 and word in refused.stderr and not refused.stdout
 
 
-def test_deterministic_is_set_before_anything_starts():
+def test_deterministic_is_set_before_anything_starts(tmp_path):
     code = ("import os, torch; from serpent_scale.parallel import processes; processes.start(deterministic=True); "
             "print(torch.are_deterministic_algorithms_enabled(), os.environ['CUBLAS_WORKSPACE_CONFIG']); processes.stop()")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    (tmp_path / "code.py").write_text(code)
+    done = run_script(tmp_path / "code.py")
     assert done.stdout.split()[-2:] == ["True", ":4096:8"], done.stderr
+
 
 def test_a_loss_that_stays_not_finite_stops_the_run_and_leaves_no_checkpoint_of_it(workplace):
     overrides = ["optimizer.lr=1e30", "training.grad_clip=0", "checkpoint.every=3", "evaluation.every=0",
