@@ -109,6 +109,8 @@ def test_a_killed_and_resumed_run_has_the_losses_of_an_unbroken_one_to_the_bit(w
     assert unbroken["train", 40] < unbroken["train", 1] - 1
     saved = sorted(p.name for p in (workplace / "broken" / "run" / "checkpoints").iterdir())
     assert saved == ["step-00000030", "step-00000040"]
+    layout = json.loads((workplace / "broken" / "run" / "checkpoints" / saved[-1] / "layout.json").read_text())
+    assert layout["world_size"] == 2
 
 
 def test_one_process_gives_the_losses_of_two_and_any_accumulation(workplace):
