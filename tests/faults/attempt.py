@@ -15,9 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
-
-from ranks import CONTEXT
+from ranks import CONTEXT, forked
 
 ROOT = Path(__file__).parents[2]
 WORLD = 2
@@ -35,7 +33,7 @@ def rank(command: list[str], env: dict[str, str], said, prepare) -> None:
     for descriptor in (1, 2):
         os.dup2(said.fileno(), descriptor)
     os.environ.update(env)
-    torch.set_num_threads(1)
+    forked()
     sys.argv = command
     if prepare is not None:
         prepare(int(env["RANK"]))
