@@ -106,7 +106,8 @@ class Campaign:
 
     def strands(self, number_of_kills: int) -> list[list]:
         """(name, function) of each part, which counts its faults. Strands run side by side: much of each is waiting."""
-        return [list(kills.units(self, number_of_kills)), [*damage.units(self), *conditions.units(self)]]
+        parts = [list(kills.units(self, number_of_kills, part, 2)) for part in range(2)]
+        return [*parts, list(damage.units(self)), list(conditions.units(self))]
 
     def run(self, number_of_kills: int) -> bool:
         """All parts that are not done yet; whether nothing was lost and all was found."""
@@ -137,7 +138,8 @@ class Campaign:
         lines += [f"| {fault} | {tried} | {'-' if found is None else found} | {lost} |"
                   for fault, (tried, found, lost) in sorted(self.table.items())]
         numbers = self.numbers
-        lines += ["", f"{numbers.get('runs', 0):.0f} runs with kills were finished and compared; the slowest teardown of a job "
+        runs = sum(value for name, value in numbers.items() if name.startswith("runs of part"))
+        lines += ["", f"{runs:.0f} runs with kills were finished and compared; the slowest teardown of a job "
                       f"took {numbers.get('teardown', 0):.1f} s; {numbers.get('seconds', 0):.0f} s in all, seed {self.seed}"]
         return "\n".join(lines + [f"LOST, {what}" for what in self.losses])
 

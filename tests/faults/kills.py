@@ -19,32 +19,33 @@ TEARDOWN = 5.0  # seconds from a rank's death to the end of the job
 AIMS = {"starting": 3, "training": 3, "saving": 4}  # what a kill waits for, and how often
 
 
-def units(campaign, number: int):
-    runs = Kills(campaign)
-    for i in range(number):
+def units(campaign, number: int, part: int, parts: int):
+    """Every `parts`-th kill, in runs of their own."""
+    runs = Kills(campaign, part)
+    for i in range(part, number, parts):
         yield f"kill {i}", partial(runs.kill, f"kill {i}")
-    yield "kills, the last run", runs.finish
-    if not campaign.quick:
+    yield f"kills, the last run of part {part}", runs.finish
+    if part == 0 and not campaign.quick:
         yield "kills under the supervisor", partial(supervised, campaign, 10)
 
 
 class Kills:
     """One run after another, each killed until it is through."""
 
-    def __init__(self, campaign):
-        self.campaign, self.attempt = campaign, None
+    def __init__(self, campaign, part: int):
+        self.campaign, self.part, self.attempt = campaign, part, None
 
     @property
     def number(self) -> int:
-        return int(self.campaign.numbers.get("runs", 0))
+        return int(self.campaign.numbers.get(f"runs of part {self.part}", 0))
 
     @property
     def lane(self) -> int:
-        return self.number % (2 if self.campaign.quick else len(LANES))
+        return (self.part + self.number) % (2 if self.campaign.quick else len(LANES))
 
     @property
     def folder(self) -> Path:
-        return self.campaign.folder / f"killed-{self.number}"
+        return self.campaign.folder / f"killed-{self.part}-{self.number}"
 
     @property
     def run(self) -> Path:
@@ -123,7 +124,7 @@ class Kills:
             self.campaign.count("a run started again after kills", True, lost)
             return self.give_up()
         shutil.rmtree(self.folder)
-        self.campaign.numbers["runs"] = self.number + 1
+        self.campaign.numbers[f"runs of part {self.part}"] = self.number + 1
 
     def give_up(self) -> None:
         """Leave what was lost for a look, and go on with a fresh run."""
@@ -131,7 +132,7 @@ class Kills:
             self.attempt.signal(signal.SIGKILL)
             self.attempt.wait()
             self.attempt = None
-        self.campaign.numbers["runs"] = self.number + 1
+        self.campaign.numbers[f"runs of part {self.part}"] = self.number + 1
 
     def finish(self) -> None:
         """See the last run through."""
