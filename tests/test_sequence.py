@@ -48,19 +48,22 @@ WORLDS = (2, 3, 4)
 KINDS = *({"pattern": [mixer]} for mixer in ("mamba", "mamba2", "s4d", "s5", "serpent")), dict(pattern=["serpent"], depth=3)
 
 
-def build(pattern, length=0, rows=2, dtype=torch.float64, checkpointing=False, slow=False, inner="mamba", convolution="chunks", **settings):
-    """A small model whose clocks and read-outs are not at their plain start."""
+def configured(pattern, inner="mamba", convolution="chunks", **settings):
     n_layers = len(pattern) + pattern.count("serpent") * (settings.get("depth", 1) - 1)
-    config = parse_config({
+    return parse_config({
         "model": {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": n_layers, "pattern": pattern,
                   "mamba": {"d_state": 4}, "mamba2": {"d_state": 8, "head_dim": 4},
                   "s4d": {"d_state": 6, "dt_min": 0.01, "convolution": convolution}, "s5": {"d_state": 8, "n_blocks": 2, "dt_min": 0.01},
                   "attention": {"head_dim": 4, "queries_per_key": 2},
                   "serpent": {"inner": inner, "band": 2.0, **settings}},
         "training": {"max_steps": 1000},
-    })
+    }).model
+
+
+def build(length=0, rows=2, dtype=torch.float64, checkpointing=False, slow=False, config=None, **settings):
+    """A small model whose clocks and read-outs are not at their plain start. config: of these settings, if there is one."""
     torch.manual_seed(3)
-    model = LanguageModel(config.model, checkpointing)
+    model = LanguageModel(config or configured(**settings), checkpointing)
     for name, parameter in model.named_parameters():
         if "clock_weight" in name:
             torch.nn.init.normal_(parameter, std=0.0 if slow else 0.5)
@@ -123,7 +126,7 @@ def tensors(value):
 def whole(name):
     """Summed loss, gradients, emissions and the states after, in one process; and the losses by token of a piece that follows."""
     case = CASES[name]
-    model = build(**{**case, "checkpointing": False})
+    model = build(**{**case, "checkpointing": False}, config=configs()[name])
     rows = case.get("rows", 2)
     tokens, labels, documents = sample(case["length"], rows)
     with Emissions() as fired:
@@ -147,12 +150,12 @@ def _detached(value):
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
-def sharded(processes, names):
+def sharded(processes, configs):
     """The same by all ranks together, and the exchanges of the forward and of the backward pass."""
     from serpent_scale.parallel.sequence import Sequence
 
     sequence = Sequence(processes.world_size, processes.world_size, processes.device)
-    return {name: _sharded(sequence, **CASES[name]) for name in names}
+    return {name: _sharded(sequence, config=config, **CASES[name]) for name, config in configs.items()}
 
 
 def _sharded(sequence, length, rows=2, **case):
@@ -165,9 +168,11 @@ def _sharded(sequence, length, rows=2, **case):
     forward = traffic.exchanges
     loss.backward()
     exchanges = forward - before, traffic.exchanges - forward
-    total = loss.detach().clone()
-    for tensor in (total, *gradients(model).values()):
-        torch.distributed.all_reduce(tensor)
+    parts = {"loss": loss.detach(), **gradients(model)}
+    summed = torch.cat([part.double().flatten() for part in parts.values()])
+    torch.distributed.all_reduce(summed)  # one by one they would take half the time of this test
+    sums = summed.split([part.numel() for part in parts.values()])
+    total, *grads = (value.view_as(part) for value, part in zip(sums, parts.values()))
     later, later_labels, later_documents = sample(length, rows, seed=1)
     with torch.no_grad():
         states = sequence.last_states(model(tokens[:, own], sequence.shard(documents, carried=True))[1])
@@ -181,12 +186,19 @@ def _sharded(sequence, length, rows=2, **case):
     if case.get("convolution") == "fft":  # to rounding in the shard that holds the token, to the bit in earlier ones
         causal = near(other[:, :same], plain[:, :same], 1e-12) and (causal or same < own.stop - own.start)
     moved = not torch.equal(plain[:, same:], other[:, same:]) or same >= own.stop - own.start
-    return total.item(), gradients(model), fired, tensors(states), continued, exchanges, causal and moved
+    return total.item(), dict(zip(gradients(model), grads)), fired, tensors(states), continued, exchanges, causal and moved
+
+
+@cache
+def configs():
+    """Parsed once for all ranks, which takes a second."""
+    outside = "length", "rows", "dtype", "checkpointing", "slow"
+    return {name: configured(**{key: value for key, value in case.items() if key not in outside}) for name, case in CASES.items()}
 
 
 @cache
 def results(world_size):
-    return run_ranks(world_size, sharded, list(CASES))
+    return run_ranks(world_size, sharded, configs())
 
 
 def near(found, expected, bound):
@@ -272,7 +284,7 @@ def traffic_of_attention(processes, cases):
 
     sequence, found = Sequence(processes.world_size, processes.world_size, processes.device), []
     for lengths in cases:
-        model, (own, traffic) = build(["attention"]), (sequence.own(sum(lengths)), sequence.ring.traffic)
+        model, (own, traffic) = build(pattern=["attention"]), (sequence.own(sum(lengths)), sequence.ring.traffic)
         tokens, reset = torch.zeros(1, sum(lengths), dtype=torch.int64), torch.zeros(1, sum(lengths), dtype=torch.bool)
         reset[0, [sum(lengths[:i]) for i in range(len(lengths))]] = True
         marks, kept = [traffic.bytes], {}
@@ -291,7 +303,7 @@ def test_bytes_of_attention_are_those_of_the_tokens_that_share_a_document():
     ranks = run_ranks(3, traffic_of_attention, [short, long, apart, half])
     assert ranks[0][0][2] == ranks[2][0][2], "the last rank keeps no more than the first"
     sent = torch.tensor(ranks)[..., :2].sum(0)  # (cases, 2)
-    mixer = build(["attention"]).blocks[0].mixer
+    mixer = build(pattern=["attention"]).blocks[0].mixer
     heads, queries, keys = mixer.n_heads, mixer.n_heads * mixer.head_dim, mixer.n_groups * mixer.head_dim
     assert queries == 2 * keys
     for case, tokens in zip(sent, (32, 128)):  # two pairs of neighbours, whose keys travel; the first rank helps the last
