@@ -3,8 +3,6 @@ import errno
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 from transformers import MambaConfig as TheirMambaConfig
 
+from ranks import run_script
 from serpent_scale.checkpoint import layouts, store
 from serpent_scale.config import Mamba2Config, MambaConfig, ModelConfig, SerpentConfig, parse_config
 from serpent_scale.errors import UserError
@@ -36,9 +35,7 @@ MAMBA_SSM = {
 
 
 def launch(script, *arguments):
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, f"launch/{script}.py", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=240)  # fmt: skip
+    return run_script(ROOT / f"launch/{script}.py", *arguments)
 
 
 def convert(*arguments):

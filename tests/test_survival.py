@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ranks import run_ranks
+from faults.attempt import Attempt
+from ranks import CONTEXT, run_ranks, run_script
 from runs import history, lines, run_config, train, write_data
 from serpent_scale.checkpoint import store
 from serpent_scale.errors import EXIT_REQUEUE, UserError
 from serpent_scale.training import badsteps, signals
+from serpent_scale.training.run_folder import prepare_run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,19 +105,21 @@ def catches(pid: int, number: int) -> bool:
 
 def test_a_signal_to_the_entry_point_ends_in_the_exit_code_to_requeue(data, tmp_path):
     """During its imports, and in the first step, which compiles where there is something to compile."""
-    (tmp_path / "run.yaml").write_text(regular(data, tmp_path, training={"max_steps": 5000, "global_batch": 8}).to_yaml())
-    command = [sys.executable, "launch/pretrain.py", "--config", str(tmp_path / "run.yaml")]
-    for number, first in ((signal.SIGTERM, "imports"), (signal.SIGUSR2, "step")):
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if first == "imports":
-            while not catches(process.pid, number):
-                assert process.poll() is None
-        else:
-            assert any(line.startswith("step ") for line in process.stdout)
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == EXIT_REQUEUE and f"ended by {number.name} after step" in out, out[-2000:]
+    file = tmp_path / "run.yaml"
+    file.write_text(regular(data, tmp_path, training={"max_steps": 5000, "global_batch": 8}).to_yaml())
+    process = subprocess.Popen([sys.executable, "launch/pretrain.py", "--config", file], cwd=ROOT, text=True,
+                               env={**os.environ, "DS_ACCELERATOR": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not catches(process.pid, signal.SIGTERM):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE and "ended by SIGTERM after step" in out, out[-2000:]
+    attempt = Attempt(file)
+    while not attempt.begun():
+        assert not attempt.ended()
+        time.sleep(0.01)
+    attempt.processes[0].send_signal(signal.SIGUSR2)
+    assert attempt.wait()[0] == EXIT_REQUEUE and attempt.said("ended by SIGUSR2 after step") == 1
 
 
 # Bad steps.
@@ -274,22 +277,32 @@ def test_one_bit_that_differs_between_replicas_is_found(data, tmp_path):
 # Two runs in one folder.
 
 
+def enter(folder, answer) -> None:
+    try:
+        prepare_run_folder(folder)
+        answer.send("in")
+    except UserError as error:
+        answer.send(str(error))
+    time.sleep(1000)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    code = ("import sys; from pathlib import Path; from serpent_scale.training.run_folder import prepare_run_folder as prepare; "
-            "prepare(Path(sys.argv[1])); print('in', flush=True); sys.stdin.read()")
-
     def start():
-        return subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=enter, args=(tmp_path / "run", theirs), daemon=True)
+        process.start()
+        return process, ours.recv()
 
-    first = start()
-    assert first.stdout.readline() == "in\n"
-    assert "another process trains in it" in start().communicate()[1]
+    first, said = start()
+    assert said == "in"
+    second, said = start()
+    assert "another process trains in it" in said
     first.kill()
-    first.wait()
-    third = start()
-    assert third.stdout.readline() == "in\n", "the lock went with the process"
-    third.communicate("")
+    first.join()
+    third, said = start()
+    assert said == "in", "the lock went with the process"
+    second.kill()
+    third.kill()
 
 
 # Saving while training goes on.
@@ -379,21 +392,21 @@ def test_a_disk_that_is_full_at_the_start_ends_in_one_line_and_keeps_the_config_
     assert (tmp_path / "config.yaml").read_text() == "of the run before"
 
 
-@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare, for a small disk of its own")
 def test_a_full_disk_leaves_the_run_alive_and_the_old_checkpoint_whole(data, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     (tmp_path / "code.py").write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})
+import os, sys
+sys.path.insert(0, {str(ROOT / 'tests')!r})
 import test_survival
+from faults.injected import mount_small_disk
+if failed := mount_small_disk({str(disk)!r}, 40 << 20):
+    sys.exit("no small disk here: " + os.strerror(failed))
 test_survival.train_on_a_full_disk({str(data)!r}, {str(disk)!r})
 """)
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=40m tmpfs "$1" && exec "$2" "$3"', "sh", disk, sys.executable,
-         tmp_path / "code.py"],
-        cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=120)
-    if "unshare" in done.stderr or "mount:" in done.stderr:
-        pytest.skip(f"no small disk here: {done.stderr.strip()}")
+    done = run_script(tmp_path / "code.py")
+    if "no small disk here: " in done.stderr:
+        pytest.skip(done.stderr.strip())
     assert "finished True" in done.stdout and "step-00000030" in done.stdout, done.stderr[-3000:]
     assert f"order {list(range(1, 31))}" in done.stdout, "no line is lost"
     assert done.stderr.count("warning: a checkpoint is not saved, training goes on:") == 5, done.stderr[-3000:]

@@ -43,8 +43,8 @@ def jumping_clock(seed: int, rank: int) -> None:
 # A full disk.
 
 
-def hold_small_disk(folder: str, answer) -> None:
-    """Mount a small disk in namespaces of this process, tell the error number of trying, and stay until `answer` is closed."""
+def mount_small_disk(folder: str, size: int = DISK) -> int:
+    """Mount one in namespaces of this process, which has no other threads; the error number, 0 if there is none."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     failed = libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) and ctypes.get_errno()
@@ -55,8 +55,12 @@ def hold_small_disk(folder: str, answer) -> None:
             Path("/proc/self/gid_map").write_text(f"0 {group} 1")
         except OSError as error:
             failed = error.errno
-    failed = failed or libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={DISK}".encode()) and ctypes.get_errno()
-    answer.send(failed)
+    return failed or libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={size}".encode()) and ctypes.get_errno()
+
+
+def hold_small_disk(folder: str, answer) -> None:
+    """Mount one, tell the error number of trying, and stay until `answer` is closed."""
+    answer.send(mount_small_disk(folder))
     with contextlib.suppress(EOFError):
         answer.recv()
 
