@@ -4,6 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from serpent_scale.kernels import launch
+from serpent_scale.kernels.selective_scan import launches
 from serpent_scale.kernels.selective_scan import triton as scan
 
 
@@ -28,8 +29,8 @@ def main() -> None:
 
     launch.launch = compile_only
     for d_state, dtype, segments in ((8, torch.bfloat16, 1), (24, torch.float32, 3)):
-        scan._kernels = lambda device, d_state: scan.PlainKernels(d_state)
-        scan._segments = lambda *of: (segments, 11)
+        launches.kernels_for = lambda device, d_state: launches.PlainKernels(d_state)
+        launches.segments_of = lambda *of: (segments, 11)
         wide, states, row = (torch.zeros(*shape, dtype=dtype) for shape in ((2, 33, 16), (2, 33, d_state), (16,)))
         A, reset, live = torch.zeros(16, d_state), torch.zeros(2, 33, dtype=torch.bool), torch.ones(2, 33, dtype=torch.bool)
         inputs = wide, wide, A, states, states, row, wide, row, reset, live

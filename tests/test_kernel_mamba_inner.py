@@ -6,7 +6,7 @@ from numerics import DEVICE, assert_near, gradients
 from serpent_scale.config import MambaConfig
 from serpent_scale.kernels.mamba_inner import mamba_inner, reference
 from serpent_scale.kernels.mamba_inner import triton as fused
-from serpent_scale.kernels.selective_scan import triton as scan
+from serpent_scale.kernels.selective_scan import launches
 from serpent_scale.model.documents import Documents
 from serpent_scale.model.mamba import Mamba, dt_rank
 
@@ -78,7 +78,7 @@ def test_bfloat16(use_state):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-6), (torch.bfloat16, 1.5e-2 if DEVICE == "cuda" else 4e-2)])
 def test_several_together(dtype, bound, monkeypatch):
     """Of other lengths, widths and flags each, some of them cut into segments."""
-    monkeypatch.setattr(scan, "_size", lambda length, wanted: (-(-length // 32), 32))
+    monkeypatch.setattr(launches, "_size", lambda length, wanted: (-(-length // 32), 32))
     cases = [(inputs(2, 45, 24, dtype=dtype), packed(2, 45), False), (inputs(1, 20, 40, dtype=dtype), None, False),
              (inputs(2, 38, 16, rank=2, dtype=dtype), packed(2, 38, True), True)]  # fmt: skip
     together = [[v.detach().clone().to(DEVICE) for v in values] for values, _, _ in cases]

@@ -12,7 +12,7 @@ from serpent_scale.kernels.mamba_inner import triton as mamba_triton
 from serpent_scale.kernels.resample import TICKS, Sampling
 from serpent_scale.kernels.resample import reference as resample_reference
 from serpent_scale.kernels.resample import triton_clock
-from serpent_scale.kernels.selective_scan import triton as scan_triton
+from serpent_scale.kernels.selective_scan import launches as scan_launches
 from serpent_scale.kernels.ssd import reference as ssd_reference
 from serpent_scale.kernels.ssd import triton as ssd_triton
 
@@ -104,7 +104,7 @@ def test_reference_phases(scan, documents):
 
 
 def test_fused_mamba_phases(monkeypatch):
-    monkeypatch.setattr(scan_triton, "_segments", lambda batch, length, programs, device: (-(-length // 32), 32))
+    monkeypatch.setattr(scan_launches, "segments_of", lambda batch, length, programs, device: (-(-length // 32), 32))
     check(*mamba(mamba_triton, torch.float32, True), 2e-5, flags(True)[1])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import DEVICE, assert_near, gradients
 
+from serpent_scale.kernels.selective_scan import launches
 from serpent_scale.kernels.selective_scan import triton as scan
 from serpent_scale.kernels.selective_scan.reference import selective_scan_reference
 
@@ -18,7 +19,7 @@ CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 @pytest.fixture(params=["plain", pytest.param("gluon", marks=[CUDA, pytest.mark.gpu])])
 def kernels(request, monkeypatch, poisoned):
     if request.param == "plain":
-        monkeypatch.setattr(scan, "_kernels", lambda device, d_state: scan.PlainKernels(d_state))
+        monkeypatch.setattr(launches, "kernels_for", lambda device, d_state: launches.PlainKernels(d_state))
 
 
 def inputs(batch, length, d_inner, d_state, dtype=torch.float32, strided=False):
@@ -69,7 +70,7 @@ def test_documents_unused_slots_and_views(kernels):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2 if DEVICE == "cuda" else 2.5e-2)])
 def test_dt_as_two_factors(kernels, length, d_inner, rank, documents, segments, dtype, bound, monkeypatch):
     if segments:
-        monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: segments)
+        monkeypatch.setattr(launches, "segments_of", lambda batch, length, programs, device: segments)
     x, _, A, B, C, D, z, bias, state = inputs(2, length, d_inner, 16, dtype)
     rows, matrix = torch.randn(2, length, rank).to(dtype), (torch.randn(d_inner, rank) / rank**0.5).to(dtype)
     beside = torch.cat([rows, B, C], -1).to(DEVICE)  # as x_proj's output
@@ -94,7 +95,7 @@ def test_dt_as_two_factors(kernels, length, d_inner, rank, documents, segments, 
 
 def test_segments_give_what_one_pass_gives(kernels, monkeypatch):
     values, reset = inputs(1, 150, 24, 16), torch.arange(150)[None] == 100
-    monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: (3, 64))
+    monkeypatch.setattr(launches, "segments_of", lambda batch, length, programs, device: (3, 64))
     compare(values, 3e-6, reset)
 
 
@@ -116,7 +117,7 @@ def test_a_gate_of_zero_passes_its_gradient(kernels):
 
 
 def test_causal_and_repeatable_to_the_bit(kernels, monkeypatch):
-    monkeypatch.setattr(scan, "_segments", lambda batch, length, programs, device: (2, 64))
+    monkeypatch.setattr(launches, "segments_of", lambda batch, length, programs, device: (2, 64))
     values = [v.to(DEVICE) for v in inputs(1, 100, 16, 16)]
     y, _ = scan.selective_scan(*values[:8], initial_state=values[8])
     for t in (33, 64, 90):
@@ -143,4 +144,4 @@ def test_the_plain_kernels_compile_for_a_gpu():
     """The interpreter takes what the compiler refuses: a name of another type in each branch, say."""
     script, variables = Path(__file__).with_name("compile_scan.py"), {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, script], env=variables, capture_output=True, text=True)
-    assert found.stdout.split() == ["_scan_add_parts", "_scan_backward", "_scan_forward", "_scan_gradient_state"], found.stderr[-2000:]
+    assert found.stdout.split() == ["_scan_add_parts", "scan_backward", "scan_forward", "scan_gradient_state"], found.stderr[-2000:]
