@@ -1,5 +1,5 @@
 """Selective scan of Mamba (Gu & Dao, arXiv 2312.00752, algorithm 2): h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t.
-`reference.py` is the sequential meaning, `chunked.py` the PyTorch form, `triton.py` and `gluon.py` the GPU's."""
+`reference.py` is the sequential meaning, `chunked.py` the PyTorch form, `triton.py` the GPU's, of kernels in files beside it."""
 import torch
 
 from . import chunked
@@ -8,7 +8,7 @@ __all__ = ["scan_state", "scan_state_gradient", "selective_scan"]
 
 
 def selective_scan(x, *arguments, **named):
-    """`chunked.selective_scan`, by the kernels of `triton.py` for float32, bfloat16 and float16 on a GPU."""
+    """`chunked.selective_scan`, by `triton.py` for float32, bfloat16 and float16 on a GPU."""
     if x.is_cuda and x.dtype != torch.float64:
         from . import triton
 

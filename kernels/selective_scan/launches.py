@@ -1,7 +1,7 @@
 """Launches of the scan's kernels: which of them a device runs, and into how many segments time is cut for them.
 
-Time is cut only as far as it takes to fill the device. With more than one segment, a first pass finds the state each leaves from 0
-and the sum of its steps; since a segment acts on a state as exp(A sum dt), its true initial state follows from those of the
+Time is cut only as far as it takes to fill the device. With more than one segment, a first pass finds the state each leaves from
+0 and the sum of its steps; since a segment acts on a state as exp(A sum dt), its true initial state follows from those of the
 segments before it. The backward pass does the same from the other end.
 
 A problem is a tuple: D, batch, length, segments, tokens of one, then tensors, then their strides between rows and between tokens.
@@ -59,38 +59,41 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class GluonKernels:
-    """Launches of the kernels in `gluon.py`, each of several problems."""
+    """Launches of the kernels in `gluon_*.py`, each of several problems."""
 
     channels = 16  # of a program
 
     def __init__(self, d_state: int):
-        from . import gluon
+        from .gluon_backward import scan_backward
+        from .gluon_forward import scan_forward
+        from .gluon_gradient_state import scan_gradient_state
 
-        self.module, self.d_state = gluon, d_state
+        self.d_state, self.scan_forward, self.scan_backward = d_state, scan_forward, scan_backward
+        self.scan_gradient_state = scan_gradient_state
 
     def forward(self, problems: list[tuple], local_pass: bool = False, without_last: bool = False) -> None:
         x, h0, reset, live = (problems[0][i] for i in (5, 14, 17, 18))
         self._launch(
-            self.module.scan_forward, problems, 5, (5, 6, 8, 9, 10, 19), 7, without_last, LOCAL_PASS=local_pass,
+            self.scan_forward, problems, 5, (5, 6, 8, 9, 10, 19), 7, without_last, LOCAL_PASS=local_pass,
             EXACT=x.dtype == torch.float32, HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def gradient_state(self, problems: list[tuple], without_first: bool = False) -> None:
         reset, live = problems[0][12:14]
         self._launch(
-            self.module.scan_gradient_state, problems, 4, (5, 7, 8, 9), 6, without_first, U=8, FIRST=int(without_first),
+            self.scan_gradient_state, problems, 4, (5, 7, 8, 9), 6, without_first, U=8, FIRST=int(without_first),
             HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def backward(self, problems: list[tuple]) -> None:
         reset, live, _, final = problems[0][16:20]
         self._launch(
-            self.module.scan_backward, problems, 9, (5, 6, *range(8, 13)), 7,
+            self.scan_backward, problems, 9, (5, 6, *range(8, 13)), 7,
             HAS_FINAL=final is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def multiply(self, rows: Tensor, matrix: Tensor) -> bool:
-        """Whether the kernels form dt of these factors: in bfloat16, 32 columns at a time, which a row's lanes read 16 bytes each."""
+        """Whether the kernels form dt of these factors: in bfloat16, 32 columns at a time, of which a lane reads 16 bytes."""
         aligned = all(
             v.data_ptr() % 16 == 0 and v.stride(-1) == 1 and all(s % 8 == 0 for s in v.stride()[:-1]) for v in (rows, matrix)
         )
@@ -132,15 +135,15 @@ class PlainKernels:
     def forward(self, problems: list[tuple], local_pass: bool = False, without_last: bool = False) -> None:
         h0, reset, live = (problems[0][i] for i in (14, 17, 18))
         _launch(
-            plain.scan_forward, problems, problems, self.channels, without_last, **self.constants, KEEP=KEEP, LOCAL_PASS=local_pass,
-            HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+            plain.scan_forward, problems, problems, self.channels, without_last, **self.constants, KEEP=KEEP,
+            LOCAL_PASS=local_pass, HAS_H0=h0 is not None, HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def gradient_state(self, problems: list[tuple], without_first: bool = False) -> None:
         reset, live = problems[0][12:14]
         _launch(
-            plain.scan_gradient_state, problems, problems, self.channels, without_first, **self.constants, FIRST=int(without_first),
-            HAS_RESET=reset is not None, HAS_LIVE=live is not None,
+            plain.scan_gradient_state, problems, problems, self.channels, without_first, **self.constants,
+            FIRST=int(without_first), HAS_RESET=reset is not None, HAS_LIVE=live is not None,
         )
 
     def backward(self, problems: list[tuple]) -> None:

@@ -1,5 +1,5 @@
-"""The last step of the scan's backward pass: each program has written its part of the gradients that programs share, and the parts
-are added in their order."""
+"""The last step of the scan's backward pass: of the gradients that programs share each has written its part, and the parts are
+added in their order."""
 from __future__ import annotations
 
 import triton
@@ -18,10 +18,8 @@ def add_parts(problems: list[tuple[Tensor, ...]], of_log: bool) -> None:
     for part_bc, grad_B, grad_C, part_a, A, sums in problems:
         n_parts, batch, length, _, d_state = part_bc.shape
         row_programs = triton.cdiv(batch * length, ROWS)
-        strides = (*grad_B.stride()[:2], *grad_C.stride()[:2])
-        arguments.append(
-            (part_bc, grad_B, grad_C, part_a, A, sums, n_parts, batch * length, length, *part_a.shape, A.numel(), row_programs, *strides)
-        )
+        sizes = n_parts, batch * length, length, *part_a.shape, A.numel(), row_programs
+        arguments.append((part_bc, grad_B, grad_C, part_a, A, sums, *sizes, *grad_B.stride()[:2], *grad_C.stride()[:2]))
         programs.append(row_programs + triton.cdiv(sums.numel(), BLOCK))
     launch_together(
         _scan_add_parts, arguments, programs, N=d_state, WIDTH=triton.next_power_of_2(2 * d_state), ROWS=ROWS, BLOCK=BLOCK,

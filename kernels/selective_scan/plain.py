@@ -1,4 +1,4 @@
-"""The scan's kernels in plain Triton, one token at a time: for where those of `gluon_*.py` do not run. `launches.py` launches both."""
+"""The scan's kernels in plain Triton, one token at a time: for where those of `gluon_*.py` do not run."""
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,8 @@
 """The selective scan on GPUs: for autograd, and as forward and backward passes of one scan or of several in one launch.
 
-`launches.py` chooses between the kernels of `gluon*.py` and of `plain.py`, and cuts time into segments for them. The forward pass
-keeps a state every KEEP tokens for the backward pass. No sum depends on the order in which programs run: each writes its part, and
-`parts.py` adds them in their order.
+`launches.py` chooses between the kernels of `gluon_*.py` and of `plain.py`, and cuts time into segments for them. The forward
+pass keeps a state every KEEP tokens for the backward pass. No sum depends on the order in which programs run: each writes its
+part, and `parts.py` adds them in their order.
 """
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def segment_states(x, dt, A, B, dt_bias, reset=None, live=None) -> Segments:
     segments, size = launches.segments_of(batch, length, -(-d_inner // kernels.channels), x.device)
     found = Segments(_states(x, batch, segments, d_inner, d_state), _states(x, batch, segments, d_inner))
     kernels.forward(  # z, C, D and outputs are not touched
-        [(d_inner, batch, length, segments, size, x, dt, factor, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset), _flags(live),
-          x, found.local, found.local, *_strides(x, dt, x, B, B))],
+        [(d_inner, batch, length, segments, size, x, dt, factor, x, B, B, A, dt_bias, dt_bias, None, *found, _flags(reset),
+          _flags(live), x, found.local, found.local, *_strides(x, dt, x, B, B))],
         local_pass=True,
     )
     return found
@@ -187,8 +187,8 @@ def backward_together(
                  *_strides(dt, z, C, grad_y))
             )
         arguments.append(
-            (d_inner, batch, length, segments, size, x, dt, factor, z, B, C, grad_y, y, A, dt_bias, D, *flags, kept, grad_final, *states,
-             grad_x, grad_dt, grad_z, part_bc, part_a, grad_initial,
+            (d_inner, batch, length, segments, size, x, dt, factor, z, B, C, grad_y, y, A, dt_bias, D, *flags, kept, grad_final,
+             *states, grad_x, grad_dt, grad_z, part_bc, part_a, grad_initial,
              *_strides(x, dt, z, B, C, grad_y, grad_x, grad_dt, grad_z))
         )
         sums.append((part_bc, grad_B, grad_C, part_a, A, vectors))
@@ -245,7 +245,7 @@ def _states(like: Tensor, *shape: int) -> Tensor:
 
 
 def _segment_states(like: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-    """For what each segment does to a state (B, D, N): what it leaves from 0, and the sum of its steps. One segment needs neither."""
+    """For what each segment does to a state (B, D, N): what it leaves of 0, and the sum of its steps. One needs neither."""
     batch, d_inner, d_state = like.shape
     if segments == 1:
         return like, like
