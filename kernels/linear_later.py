@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .linear import products_dtype
+
 
 def linear_later(x: Tensor, weight: Tensor, now: slice) -> tuple[Tensor, Callable[[], None]]:
     """(x W^T, what to call before its columns other than `now` are read). x (B, L, d_in), weight (d_out, d_in); under autocast
@@ -13,8 +15,7 @@ def linear_later(x: Tensor, weight: Tensor, now: slice) -> tuple[Tensor, Callabl
 
     One tensor and one node of autograd: its gradient is that of the whole product.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+    dtype = products_dtype(x)
     box: list[Tensor] = []
     y = _LinearLater.apply(x.to(dtype), weight, now, box)
     rest = slice(now.stop, None) if now.start in (0, None) else slice(0, now.start)
