@@ -246,6 +246,8 @@ def main() -> None:
         return print(report(arguments.out))
     if not arguments.data:
         raise UserError("--data: needed to train; or --report for the table of what there is")
+    if arguments.phase == ["search"] and len(arguments.lrs) == 1:
+        raise UserError("--phase search: one learning rate leaves nothing to choose; name several --lrs, or --phase train")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers
     stream = TokenStream(arguments.data, "train", arguments.length, seed=0, shuffle_block=4096)
     scores = [("own", arguments.data), *(tuple(text.split("=", 1)) for text in arguments.score)]
