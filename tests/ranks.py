@@ -25,7 +25,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
-    "torch", "deepspeed", "serpent_scale.training.trainer", "serpent_scale.evaluation.loading", "serpent_scale.evaluation.perplexity",
+    "torch", "deepspeed", "serpent_scale.training.trainer",
+    "serpent_scale.evaluation.loading", "serpent_scale.evaluation.perplexity",
     "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer",  # else imported on first use
 ])
 

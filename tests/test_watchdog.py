@@ -43,7 +43,7 @@ def run(processes, folder, timeout: float, fault: str, victim: int) -> str:
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    """By the fault and its rank: three ranks, of which it has come to, and their folder. All at once, as most of it is waiting."""
+    """By the fault and its rank: three ranks that it has come to, and their folder. All at once, as most of it is waiting."""
     started = {}
     for fault, victim in (("none", 0), ("none", 1), ("hang", 1), ("stop", 1), ("farewell", 1), ("failure", 1)):
         folder = tmp_path_factory.mktemp(fault)
