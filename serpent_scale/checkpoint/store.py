@@ -46,6 +46,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Of a checkpoint, or of one that is being replaced."""
+    return int(path.name.removeprefix("step-").removesuffix(".old"))
+
+
 def state_file(rank: int) -> str:
     return f"state-{rank:05d}.safetensors"
 
@@ -144,7 +149,7 @@ class Save:
             if self.rank == 0:
                 shutil.rmtree(self.staging, ignore_errors=True)
             raise
-        on_rank_zero(lambda: _prune(final.parent, int(final.name[5:]), keep_last, keep_every, self.waits))
+        on_rank_zero(lambda: _prune(final.parent, step_of(final), keep_last, keep_every, self.waits))
         now = time.monotonic()
         return Saved(final, self.size, now - self.started, self._stall + now - resumed)
 

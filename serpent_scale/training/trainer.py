@@ -298,7 +298,7 @@ class Trainer:
             if must:
                 raise
             return self._warn_not_saved(error)
-        self.saved_at = int(saved.path.name[5:])
+        self.saved_at = store.step_of(saved.path)
         if self.metrics:
             self.metrics.log_checkpoint(self.saved_at, {
                 "bytes": saved.bytes, "seconds": saved.seconds, "stall_seconds": saved.stall_seconds})
@@ -311,7 +311,7 @@ class Trainer:
         """After a loss spike: the last checkpoint again, without the samples from there to here."""
         self._finish_writing()
         path = on_rank_zero(lambda: newest_checkpoint(self.checkpoints)[0])
-        if path is not None and int(path.name[5:]) < self.samples.stages[-1].step:
+        if path is not None and store.step_of(path) < self.samples.stages[-1].step:
             path = None  # samples left out from there on would move the stages' ends
         if path is None or self.rollbacks >= self.config.training.max_rollbacks:
             if self.processes.rank == 0:
